@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fit check: pieces declare traits, rules are over traits, and an unsound mix is refused before any site
+is contacted. This module knows no strategy, filter, recipe or engine by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from hansa.errors import FitError
+
+
+class Trait(Enum):
+    """What a piece of a job needs, does, or lacks."""
+
+    STEP_LEVEL = "changes every local step"
+    PLAIN_STEPS = "assumes plain SGD steps (w − ηg)"
+    STATEFUL = "keeps state at the sites from round to round"
+    EXTRA_PARTS = "sends parts beside the update whose meaning depends on the round"
+    WHOLE_WORK = "gives a wrong mean when a site does part of its work"
+    OPAQUE_STEPS = "trains out of sight: only finished updates can be seen"
+    ADAPTIVE_STEPS = "takes local steps that are not plain SGD"
+    VECTORISED = "trains many sites as one computation"
+    STEPWISE = "trains one site at a time, in its own way"
+    TIMED = "cuts off sites by the clock"
+    STALE = "lets updates that started from an older model into the sum"
+    CLIPS = "bounds an update's norm"
+    WEIGHS = "multiplies an update by its weight"
+    ENCODES = "changes an update's dtype or form for the wire"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One part of a job: its family (``strategy``, ``filter``, ...), name, and traits, in the order of use."""
+
+    family: str
+    name: str
+    traits: frozenset[Trait]
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.name!r}"
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two pieces that must not be combined, why, and the nearest sound choice."""
+
+    first: Piece
+    second: Piece
+    reason: str
+    instead: str
+
+    def __str__(self) -> str:
+        return f"{self.first} does not compose with {self.second}: {self.reason} Instead: {self.instead}"
+
+
+@dataclass(frozen=True)
+class _Rule:
+    first: Trait
+    second: Trait
+    reason: str
+    instead: str
+
+
+_RULES = (
+    _Rule(
+        Trait.STEP_LEVEL,
+        Trait.OPAQUE_STEPS,
+        "the algorithm has to change every local step, and this training hands over finished updates only.",
+        "use an algorithm that acts on updates (fedavg, fedavgm, fedadam, fedyogi, fedadagrad).",
+    ),
+    _Rule(
+        Trait.PLAIN_STEPS,
+        Trait.ADAPTIVE_STEPS,
+        "its control variates are computed as (w − y)/(Kη), which holds for plain SGD steps only.",
+        "use train.optimizer = 'sgd' without momentum, or another strategy.",
+    ),
+    _Rule(
+        Trait.VECTORISED,
+        Trait.STEPWISE,
+        "the engine needs training that is a pure function of (params, batch).",
+        "use engine 'local' or 'processes'.",
+    ),
+    _Rule(
+        Trait.VECTORISED,
+        Trait.TIMED,
+        "sites trained as one computation all end at the same moment, so a deadline means nothing.",
+        "leave out cohort.deadline_s, or use engine 'processes'.",
+    ),
+    _Rule(
+        Trait.EXTRA_PARTS,
+        Trait.STALE,
+        "a part from an older round would be added to a newer state.",
+        "use cohort.late = 'discard', or a strategy whose only part is the update.",
+    ),
+)
+
+_ORDER = (Trait.CLIPS, Trait.WEIGHS, Trait.ENCODES)
+
+
+def conflicts(pieces: Iterable[Piece]) -> list[Conflict]:
+    """Return every unsound pair among ``pieces``, in the order of the rules."""
+    pieces = list(pieces)
+    found = [
+        Conflict(a, b, rule.reason, rule.instead)
+        for rule in _RULES
+        for a in pieces
+        for b in pieces
+        if a is not b and rule.first in a.traits and rule.second in b.traits
+    ]
+    filters = [piece for piece in pieces if piece.family == "filter"]
+    for i, later in enumerate(filters):
+        for earlier in filters[:i]:
+            if _stage(later) < _stage(earlier):
+                found.append(
+                    Conflict(
+                        later,
+                        earlier,
+                        "a bound or a weight applied after that step no longer holds for what is sent.",
+                        f"put {later.name!r} before {earlier.name!r}.",
+                    )
+                )
+    return found
+
+
+def _stage(piece: Piece) -> int:
+    return max((i for i, trait in enumerate(_ORDER) if trait in piece.traits), default=len(_ORDER))
+
+
+def check_fit(pieces: Iterable[Piece]) -> None:
+    """Raise FitError with every reason if the pieces do not compose; never drops or changes one."""
+    found = conflicts(pieces)
+    if found:
+        raise FitError("\n".join(str(conflict) for conflict in found))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams through which a workflow reaches the world, and what runs at a site.
+
+A workflow sees a :class:`Cohort` (and, where sites talk among themselves, :class:`Peers`), never an engine or a
+server, so it can't tell a simulation from a deployment. A :class:`Program` is the training code at a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from hansa.core.fit import Trait
+from hansa.core.strategy import Steps
+from hansa.core.tree import Parts, Tree
+from hansa.core.values import Absence, Chunk, Header, Plan
+
+
+@runtime_checkable
+class Handle(Protocol):
+    """An update that can be read a chunk at a time, more than once, and is freed by ``release``."""
+
+    @property
+    def header(self) -> Header:
+        """Everything but the tensors."""
+        ...
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all tensors in canonical order."""
+        ...
+
+    def release(self) -> None:
+        """Free what holds the tensors."""
+        ...
+
+
+Reply = Handle | Absence
+
+
+class Cohort(Protocol):
+    """The sites of a federation, as a workflow sees them."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """All sites, sorted by name."""
+        ...
+
+    def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
+        """Send ``plan`` to ``sites`` and yield their replies as they come.
+
+        Each site gives exactly one reply to each plan. If the caller stops iterating (a deadline), the replies
+        still outstanding are yielded by a later ``ask``; their header tells the round and version they answer.
+        """
+        ...
+
+
+class Peers(Protocol):
+    """Mailboxes between the nodes of a federation; the server is the node called ``server``."""
+
+    async def send(self, sender: str, recipient: str, topic: str, parts: Parts) -> None:
+        """Leave ``parts`` under ``topic`` in the mailbox of ``recipient``; sending again replaces them."""
+        ...
+
+    async def receive(self, recipient: str, topic: str) -> Parts:
+        """Return what lies under ``topic`` (SiteError if nothing does); it stays until it is replaced."""
+        ...
+
+
+Adjust = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a strategy does to the gradient before each local step: ``grads = adjust(context, params, grads)``.
+
+    ``context`` holds NumPy trees; a trainer converts them to its own arrays once, before the first step.
+    """
+
+    context: Parts
+    adjust: Adjust
+
+
+@dataclass(frozen=True)
+class Work:
+    """What local training returns.
+
+    Attributes:
+        params: the trained parameters, all tensors of the plan's ``params``.
+        num_examples: n, what the update is weighed by (trained tokens for a language model).
+        steps: how many steps were made, and their learning rates' sum.
+        sums: what metrics are computed from; they are added over sites, then given to ``summarise``.
+        completed: the share of the planned work done, in (0, 1].
+    """
+
+    params: Tree
+    num_examples: float
+    steps: Steps
+    sums: Mapping[str, float]
+    completed: float = 1.0
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What a site tells of its data before training: counts and label histograms, no contents."""
+
+    site: str
+    counts: Mapping[str, int]
+    labels: Mapping[str, int] = field(default_factory=dict)
+
+
+class Program(Protocol):
+    """The training code of a job, as an engine sees it. It may keep models and data loaded between calls."""
+
+    @property
+    def traits(self) -> frozenset[Trait]:
+        """What the fit check needs to know."""
+        ...
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """The names of all sites, sorted."""
+        ...
+
+    def initial(self) -> Tree:
+        """Return the shared parameters that training starts from, in native dtypes."""
+        ...
+
+    def inspect(self, site: str) -> SiteReport:
+        """Load the site's data and check them against the job.
+
+        Raises:
+            DataError: a file or column is missing, a label is not in the map, the site has no examples.
+        """
+        ...
+
+    def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
+        """Train from ``plan.params`` on the site's data."""
+        ...
+
+    def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
+        """Return sums over the site's held-out data for ``plan.params``."""
+        ...
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn sums, of one site or of many, into metrics (``loss``, ``perplexity``, ``f1``, ...)."""
+        ...
+
+    def export(self, params: Tree, directory: Path) -> None:
+        """Write a model that has ``params`` to ``directory``, in the form users of its library expect."""
+        ...
+
+    def close(self) -> None:
+        """End processes and free what was loaded."""
+        ...

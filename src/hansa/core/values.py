@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The five values of a federation: Model, Plan, Update, Aggregate, RoundRecord.
+
+    Model ──plan──> Plan ──> site: train, filters ──> Update ──fold──> Aggregate ──step──> new Model
+                                                                              └──> RoundRecord ──> sinks
+
+All are frozen. An update carries named parts (``delta``, ``control``, ...), each a flat tree; parts are never
+told apart by prefixes of tensor names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from hansa.core import tree as trees
+from hansa.core.tree import Array, Parts, Spec, Tree
+
+Task = Literal["train", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shared parameters after ``version`` server steps.
+
+    Half-precision parameters are kept in float32 here, so that small steps are not rounded away; ``dtypes``
+    remembers what each tensor is natively, and :meth:`native` gives that form, which is what travels.
+    """
+
+    version: int
+    params: Tree
+    dtypes: Mapping[str, str]
+
+    @classmethod
+    def start(cls, params: Tree) -> Model:
+        """Return version 0 of a model that starts at ``params`` (native dtypes)."""
+        dtypes = {name: leaf.dtype.name for name, leaf in params.items()}
+        return cls(version=0, params=trees.widen(params), dtypes=dtypes)
+
+    def native(self) -> dict[str, Array]:
+        """Return the parameters in their native dtypes."""
+        return trees.cast(self.params, self.dtypes)
+
+    def advance(self, params: Tree) -> Model:
+        """Return the next version, with ``params`` in place of the floating tensors it names."""
+        return replace(self, version=self.version + 1, params={**self.params, **params})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server asks of a site in one round.
+
+    Attributes:
+        job: the job's name.
+        round: the round's number, from 1.
+        task: ``train`` or ``evaluate``.
+        version: the model version that ``params`` is.
+        params: the shared parameters, in native dtypes.
+        parts: what the strategy sends beside the model.
+        seed: the job's seed; a site derives its own generators from (seed, round, site).
+        inbox: a topic in the site's mailbox that holds the parameters, in place of ``params``.
+        outbox: the peer that gets the trained parameters, in place of an update to the server.
+    """
+
+    job: str
+    round: int
+    task: Task
+    version: int
+    params: Tree
+    parts: Parts = field(default_factory=dict)
+    seed: int = 0
+    inbox: str | None = None
+    outbox: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of one tensor: ``values`` are its flattened elements from ``start`` on."""
+
+    part: str
+    tensor: str
+    start: int
+    values: Array
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of an update before its tensors are read.
+
+    Attributes:
+        site: who sent it.
+        round: the round it answers.
+        version: the model version that it started from.
+        layout: dtype and shape of every tensor of every part.
+        weight: n / scale, the factor its weighed parts were multiplied by.
+        sums: what the metrics are computed from; the server adds them up over sites.
+        completed: the share of the planned work that was done, in (0, 1].
+        seconds: how long the site worked on it.
+    """
+
+    site: str
+    round: int
+    version: int
+    layout: Mapping[str, Mapping[str, Spec]]
+    weight: float
+    sums: Mapping[str, float]
+    completed: float = 1.0
+    seconds: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors of all parts."""
+        return sum(spec.num_bytes for part in self.layout.values() for spec in part.values())
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one site returns for one plan: named parts, a weight, and sums."""
+
+    site: str
+    round: int
+    version: int
+    parts: Parts
+    weight: float
+    sums: Mapping[str, float]
+    completed: float = 1.0
+    seconds: float = 0.0
+
+    @property
+    def header(self) -> Header:
+        """Everything but the tensors."""
+        layout = {part: trees.layout_of(tree) for part, tree in self.parts.items()}
+        return Header(
+            self.site,
+            self.round,
+            self.version,
+            layout,
+            self.weight,
+            self.sums,
+            self.completed,
+            self.seconds,
+        )
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all tensors in canonical order, a block at a time."""
+        for part in sorted(self.parts):
+            for name in sorted(self.parts[part]):
+                for start, values in trees.blocks(self.parts[part][name]):
+                    yield Chunk(part, name, start, values)
+
+    def release(self) -> None:
+        """Nothing to free: the arrays go with the object."""
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The sum of the accepted updates of one round.
+
+    Attributes:
+        sums: part -> tensor -> sum over sites, float32 (float64 for float64 tensors).
+        weighed: part -> whether each site's share was multiplied by its weight.
+        weight: the sum of weights.
+        count: the number of updates, each counted with its staleness discount.
+        population: the number of sites in the federation (N in the papers).
+        metrics: the sums of the sites' metric sums.
+    """
+
+    sums: Parts
+    weighed: Mapping[str, bool]
+    weight: float
+    count: float
+    population: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def mean(self, part: str) -> dict[str, Array]:
+        """Return the mean of one part: over weight if it was weighed, else over the number of sites."""
+        total = self.weight if self.weighed[part] else self.count
+        return {name: np.asarray(leaf / leaf.dtype.type(total)) for name, leaf in self.sums[part].items()}
+
+
+@dataclass(frozen=True)
+class Absence:
+    """A site that was asked and is not in the sum, and why."""
+
+    site: str
+    kind: Literal["refused", "lost", "late", "rejected"]
+    reason: str
+
+
+RECORD_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in one round. ``model`` and ``state`` are what it ended with; they are not in the JSON."""
+
+    job: str
+    round: int
+    asked: tuple[str, ...]
+    accepted: tuple[str, ...]
+    absent: tuple[Absence, ...]
+    metrics: Mapping[str, float]
+    site_metrics: Mapping[str, Mapping[str, float]]
+    notes: Mapping[str, Any]
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    model: Model
+    state: Parts
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record without its tensors, as JSON types."""
+        return {
+            "format": RECORD_FORMAT,
+            "job": self.job,
+            "round": self.round,
+            "version": self.model.version,
+            "asked": list(self.asked),
+            "accepted": list(self.accepted),
+            "absent": [{"site": a.site, "kind": a.kind, "reason": a.reason} for a in self.absent],
+            "metrics": dict(self.metrics),
+            "site_metrics": {site: dict(values) for site, values in self.site_metrics.items()},
+            "notes": dict(self.notes),
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "seconds": self.seconds,
+        }
