@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make quickstart` and `make test` are complete on a fresh machine: Python 3.11+ and a package registry.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format
+
+help:
+	@echo "make setup       make .venv with everything that running and testing Hansa needs"
+	@echo "make quickstart  set up, then run the main job: hansa quickstart"
+	@echo "make test        set up, then run the tests"
+	@echo "make check       set up, then run formatter, linter, strict type checker and import-linter"
+	@echo "make format      set up, then format and mend what the linter can"
+
+setup: .venv/.ready
+
+# PIP_FIND_LINKS, where a machine sets it, names a folder of wheels that pip would use; uv is told of it too.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q uv==0.13.8
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" \
+		$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]' -c constraints.txt
+	@touch $@
+
+quickstart: setup
+	$(BIN)/hansa quickstart
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
