@@ -88,9 +88,7 @@ def load(family: str, name: str) -> Callable[..., Any]:
                 target = point.value
     if target is None:
         known = names(family)
-        raise JobError(
-            f"{name!r} is not one of the {family}: {', '.join(known)}.{nearest(name, known)}"
-        )
+        raise JobError(f"{name!r} is not one of the {family}: {', '.join(known)}.{nearest(name, known)}")
     return load_object(target)
 
 
@@ -132,8 +130,7 @@ def checked(where: str, builder: Callable[..., Any], options: Mapping[str, Any])
     for key in options:
         if key not in parameters:
             raise JobError(
-                f"{where} has no option {key!r}; it has: {', '.join(parameters) or 'none'}."
-                f"{nearest(key, parameters)}"
+                f"{where} has no option {key!r}; it has: {', '.join(parameters) or 'none'}.{nearest(key, parameters)}"
             )
     converted = {}
     for key, parameter in parameters.items():

@@ -57,7 +57,9 @@ class Adapter(BaseModel):
 class ModelSection(Section):
     """Which model is trained. Give ``base`` (pre-trained) or ``config`` (from scratch)."""
 
-    base: str | None = Field(None, description="A directory, a hub name, or package:NAME/SUBDIR of an installed package.")
+    base: str | None = Field(
+        None, description="A directory, a hub name, or package:NAME/SUBDIR of an installed package."
+    )
     config: dict[str, Any] | None = Field(
         None, description="A transformers config with its model_type, to train from scratch."
     )
@@ -67,7 +69,8 @@ class ModelSection(Section):
     adapter: Adapter | None = Field(None, description="Train an adapter only; all parameters if left out.")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     factory: str | None = Field(
-        None, description="For scripts: FILE.py:CALLABLE or a .safetensors file that gives the first parameters."
+        None,
+        description="For scripts: FILE.py:CALLABLE or a .safetensors file that gives the first parameters.",
     )
 
 
@@ -81,9 +84,9 @@ class DataSection(Section):
         None, description="Held-out data, in the same form. If left out, test_fraction of each site's rows."
     )
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "images", "hub", "arrow", "npz"] | None = (
-        Field(None, description="Taken from the file's suffix if left out.")
-    )
+    format: (
+        Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "images", "hub", "arrow", "npz"] | None
+    ) = Field(None, description="Taken from the file's suffix if left out.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Role -> column, e.g. text = 'sentence', label = 'intent'."
     )
@@ -122,11 +125,13 @@ class CohortSection(Section):
         1.0, description="A fraction of all sites in (0, 1], or a whole number of sites above 1."
     )
     quorum: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="The least answers a round needs: a fraction of those asked, or a whole number above 1."
+        0.5,
+        description="The least answers a round needs: a fraction of those asked, or a whole number above 1.",
     )
     deadline_s: Annotated[float, Field(gt=0)] | None = Field(None, description="Seconds a site has to answer.")
     late: Literal["discard", "accept"] = Field(
-        "discard", description="What becomes of an answer after the deadline: accept adds it to a later round."
+        "discard",
+        description="What becomes of an answer after the deadline: accept adds it to a later round.",
     )
 
 

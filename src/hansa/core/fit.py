@@ -110,7 +110,7 @@ def conflicts(pieces: Iterable[Piece]) -> list[Conflict]:
         for b in pieces
         if a is not b and rule.first in a.traits and rule.second in b.traits
     ]
-    filters = [piece for piece in pieces if piece.family == "filter"]
+    filters = [piece for piece in pieces if piece.family == "filter" and piece.traits.intersection(_ORDER)]
     for i, later in enumerate(filters):
         for earlier in filters[:i]:
             if _stage(later) < _stage(earlier):
@@ -126,7 +126,7 @@ def conflicts(pieces: Iterable[Piece]) -> list[Conflict]:
 
 
 def _stage(piece: Piece) -> int:
-    return max((i for i, trait in enumerate(_ORDER) if trait in piece.traits), default=len(_ORDER))
+    return max(i for i, trait in enumerate(_ORDER) if trait in piece.traits)
 
 
 def check_fit(pieces: Iterable[Piece]) -> None:

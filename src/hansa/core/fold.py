@@ -7,24 +7,27 @@ Guarantees, each held by a test:
   before its turn waits on disk;
 - updates are added in the order of site names in ``order``, so the bits of the sum depend on the set of accepted
   updates alone, never on their arrival;
-- half precision is added in float32 (float64 in float64), whatever arrives;
-- an update is checked whole (layout, checksums, finiteness) before its first element is added.
+- sums are kept in float32, and in float64 where the model is float64, whatever dtype an update arrives in;
+- an update is checked whole (layout, checksums, finiteness) before its first element is added, and the disk space
+  of a mapped accumulator is claimed before it is used.
 
 | case | result |
 |---|---|
 | no update at all | weight 0, count 0, no tensors |
 | NaN or infinity in an update, a weight that is not positive and finite | rejected, nothing added |
-| a tensor missing, extra, or of another shape | rejected, nothing added |
-| the same site twice, a site not asked | rejected |
+| a tensor missing, extra, of another shape, or not floating | rejected, nothing added |
+| the same site twice, a site not asked, a site given up on | rejected |
+| finite updates whose sum is not finite | NonFiniteError from ``close`` |
+| a waiting update that changed on disk | StorageError: the sum can't be trusted any more |
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -32,16 +35,11 @@ from hansa.core import tree as trees
 from hansa.core import wire
 from hansa.core.ports import Handle
 from hansa.core.tree import Array, Layout
-from hansa.core.values import Aggregate, Update
+from hansa.core.values import Aggregate, Header, Update
 from hansa.errors import NonFiniteError, StorageError, WireError
 
 MAP_BYTES = 64 << 20
 """Accumulators larger than this are memory-mapped files."""
-
-
-class _Turn(Protocol):
-    discount: float
-    handle: Handle
 
 
 class Fold:
@@ -49,7 +47,8 @@ class Fold:
 
     Args:
         order: the sites asked, in the order their updates are added.
-        expected: part -> tensor -> spec that every update must have (shapes must match; dtypes may differ).
+        expected: part -> tensor -> spec that every update must have (shapes must match; dtypes may be other
+            floating types).
         weighed: part -> whether it was multiplied by the site's weight.
         population: the number of sites in the federation.
         directory: where early updates and large accumulators are kept; a temporary folder by default.
@@ -64,15 +63,18 @@ class Fold:
         directory: Path | None = None,
     ) -> None:
         self._order = list(order)
+        self._place = {site: place for place, site in enumerate(self._order)}
+        assert len(self._place) == len(self._order), "a site may be asked once a round"
         self._expected = expected
         self._weighed = weighed
         self._population = population
-        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="hansa-fold-")
-        self._directory = directory or Path(self._temporary.name)  # type: ignore[union-attr]
+        self._directory = directory
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._waiting: dict[str, tuple[Handle, float] | None] = {}
+        self._done: set[str] = set()
         self._next = 0
         self._sums: dict[str, dict[str, Array]] = {}
-        self._scratch: dict[np.dtype[np.generic], Array] = {}
+        self._files: list[Path] = []
         self._weight = 0.0
         self._count = 0.0
         self._metrics: dict[str, float] = {}
@@ -80,136 +82,180 @@ class Fold:
     def add(self, handle: Handle, discount: float = 1.0) -> None:
         """Accept one update; it is added now if its turn has come, and waits on disk if not.
 
+        An update that is accepted is released once it has been added. One that is not stays the caller's.
+
+        Args:
+            handle: the update.
+            discount: the factor in (0, 1] that a stale update and its weight are multiplied by.
+
         Raises:
             WireError: it is malformed or does not match the model.
             NonFiniteError: it holds a NaN or an infinity.
+            StorageError: it has to wait, and the disk is full.
         """
+        assert 0 < discount <= 1, "a discount is a share"
         header = handle.header
-        if header.site not in self._order:
-            raise WireError("The site was not asked in this round.", site=header.site, round=header.round)
-        if header.site in self._waiting or self._order.index(header.site) < self._next:
-            raise WireError("The site has answered already.", site=header.site, round=header.round)
-        self._check(handle)
-        if isinstance(handle, Update) and header.site != self._order[self._next]:
-            handle = wire.spool(handle, self._directory / f"early-{self._order.index(header.site):06d}.hansa")
+        problem = self._unwelcome(header) or self._misfit(header)
+        if problem:
+            raise WireError(problem, site=header.site, round=header.round)
+        problem = self._not_finite(handle)
+        if problem:
+            raise NonFiniteError(problem, site=header.site, round=header.round)
+        place = self._place[header.site]
+        if isinstance(handle, Update) and place != self._next:
+            handle = wire.spool(handle, self._folder() / f"early-{place:06d}.hansa")
         self._waiting[header.site] = (handle, discount)
         self._advance()
 
     def skip(self, site: str) -> None:
-        """Say that nothing will come from ``site``."""
-        if site not in self._waiting:
+        """Say that nothing will come from ``site``; one that has answered stays in the sum."""
+        if site in self._place and site not in self._waiting and site not in self._done:
             self._waiting[site] = None
             self._advance()
 
     def close(self) -> Aggregate:
-        """Fold what still waits, sites that never answered left out, and return the sum."""
+        """Fold what still waits, sites that never answered left out, and return the sum.
+
+        Raises:
+            NonFiniteError: the updates are finite and their sum is not.
+        """
         for site in self._order[self._next :]:
             self._waiting.setdefault(site, None)
         self._advance()
-        return Aggregate(
-            self._sums, self._weighed, self._weight, self._count, self._population, dict(self._metrics)
-        )
+        for part, tree in self._sums.items():
+            name = trees.first_non_finite(tree)
+            if name is not None:
+                raise NonFiniteError(f"The sum of all updates overflows in tensor {name!r} of {part!r}.")
+        if not math.isfinite(self._weight):
+            raise NonFiniteError("The sum of all updates' weights overflows.")
+        return Aggregate(self._sums, self._weighed, self._weight, self._count, self._population, dict(self._metrics))
 
     def discard(self) -> None:
-        """Free the accumulator's files and every waiting update."""
+        """Free the accumulators and every waiting update."""
         for entry in self._waiting.values():
             if entry:
                 entry[0].release()
+        self._waiting = {}
         self._sums = {}
-        for path in self._directory.glob("accumulator-*.bin"):
+        for path in self._files:
             path.unlink(missing_ok=True)
         if self._temporary:
             self._temporary.cleanup()
 
-    def _check(self, handle: Handle) -> None:
-        header = handle.header
-        where = {"site": header.site, "round": header.round}
-        if not (math.isfinite(header.weight) and header.weight > 0):
-            raise NonFiniteError(f"The update's weight is {header.weight}.", **where)  # type: ignore[arg-type]
-        if not all(math.isfinite(value) for value in header.sums.values()):
-            raise NonFiniteError("A metric of the update is NaN or infinite.", **where)  # type: ignore[arg-type]
+    def _folder(self) -> Path:
+        if self._directory:
+            return self._directory
+        if not self._temporary:
+            self._temporary = tempfile.TemporaryDirectory(prefix="hansa-fold-")
+        return Path(self._temporary.name)
+
+    def _unwelcome(self, header: Header) -> str | None:
+        if header.site not in self._place:
+            return "The site was not asked in this round."
+        if header.site in self._done or self._waiting.get(header.site):
+            return "The site has answered already."
+        if header.site in self._waiting or self._place[header.site] < self._next:
+            return "The site had been given up on in this round."
+        return None
+
+    def _misfit(self, header: Header) -> str | None:
         if header.layout.keys() != self._expected.keys():
-            raise WireError(
-                f"The update has parts {sorted(header.layout)}, expected {sorted(self._expected)}.",
-                **where,  # type: ignore[arg-type]
-            )
+            return f"The update has parts {sorted(header.layout)}, expected {sorted(self._expected)}."
         for part, expected in self._expected.items():
             got = header.layout[part]
             for name in sorted(expected.keys() ^ got.keys()):
                 problem = "lacks" if name in expected else "has an unknown"
-                raise WireError(f"The update {problem} tensor {name!r} in {part!r}.", **where)  # type: ignore[arg-type]
+                return f"The update {problem} tensor {name!r} in {part!r}."
             for name, spec in expected.items():
                 if got[name].shape != spec.shape or not trees.is_floating(trees.dtype_of(got[name].dtype)):
-                    raise WireError(
+                    return (
                         f"Tensor {name!r} of {part!r} is {got[name].dtype}{list(got[name].shape)}, "
-                        f"the model has {spec.dtype}{list(spec.shape)}.",
-                        **where,  # type: ignore[arg-type]
+                        f"the model has {spec.dtype}{list(spec.shape)}."
                     )
+        return None
+
+    def _not_finite(self, handle: Handle) -> str | None:
+        header = handle.header
+        if not (math.isfinite(header.weight) and header.weight > 0):
+            return f"The update's weight is {header.weight}; it must be positive and finite."
+        for name, value in header.sums.items():
+            if not math.isfinite(value):
+                return f"The update's metric {name!r} is {value}."
         for chunk in handle.chunks():
-            values = chunk.values.astype(trees.wide(chunk.values.dtype), copy=False)
-            with np.errstate(over="ignore", invalid="ignore"):
-                total = values.sum()
-            if not np.isfinite(total) and not np.isfinite(values).all():
-                raise NonFiniteError(
-                    f"Tensor {chunk.tensor!r} of {chunk.part!r} holds a NaN or an infinity.",
-                    **where,  # type: ignore[arg-type]
-                )
+            kept_in = trees.wide(trees.dtype_of(self._expected[chunk.part][chunk.tensor].dtype))
+            with np.errstate(over="ignore"):
+                values = chunk.values.astype(kept_in, copy=False)
+            if not np.isfinite(values).all():
+                return f"Tensor {chunk.tensor!r} of {chunk.part!r} holds a NaN or an infinity."
+        return None
 
     def _advance(self) -> None:
         while self._next < len(self._order) and self._order[self._next] in self._waiting:
-            entry = self._waiting.pop(self._order[self._next])
+            site = self._order[self._next]
+            entry = self._waiting.pop(site)
             self._next += 1
             if entry:
                 handle, discount = entry
-                self._accumulate(handle, discount)
+                try:
+                    self._accumulate(handle, discount)
+                except WireError as error:
+                    raise StorageError(
+                        f"The update changed while it waited on disk: {error.message} Run again with --resume.",
+                        site=site,
+                        round=handle.header.round,
+                    ) from error
+                self._done.add(site)
                 handle.release()
 
     def _accumulate(self, handle: Handle, discount: float) -> None:
-        header = handle.header
         if not self._sums:
-            self._sums = {part: self._accumulators(part, header.layout[part]) for part in header.layout}
-        for chunk in handle.chunks():
-            into = self._sums[chunk.part][chunk.tensor].reshape(-1)
-            into = into[chunk.start : chunk.start + chunk.values.size]
-            values = self._widened(chunk.values, into.dtype)
-            if discount != 1.0:
-                values = values * into.dtype.type(discount)
-            np.add(into, values, out=into)
+            self._sums = {
+                part: self._accumulators(number, layout) for number, (part, layout) in enumerate(self._expected.items())
+            }
+        header = handle.header
+        with np.errstate(over="ignore"):
+            for chunk in handle.chunks():
+                total = self._sums[chunk.part][chunk.tensor].reshape(-1)
+                total = total[chunk.start : chunk.start + chunk.values.size]
+                values = chunk.values
+                if discount != 1.0:
+                    values = values.astype(total.dtype) * total.dtype.type(discount)
+                np.add(total, values, out=total, dtype=total.dtype, casting="same_kind")
         self._weight += header.weight * discount
         self._count += discount
         for name, value in header.sums.items():
             self._metrics[name] = self._metrics.get(name, 0.0) + value
 
-    def _widened(self, values: Array, dtype: np.dtype[np.generic]) -> Array:
-        if values.dtype == dtype:
-            return values
-        scratch = self._scratch.setdefault(dtype, np.empty(0, dtype))
-        if scratch.size < values.size:
-            scratch = self._scratch[dtype] = np.empty(max(values.size, trees.BLOCK), dtype)
-        out = scratch[: values.size]
-        if values.dtype.name == "bfloat16" and dtype == np.float32:
-            # bfloat16 is the upper half of a float32; shifting is several times faster than casting.
-            np.left_shift(values.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
-        else:
-            out[:] = values
-        return out
-
-    def _accumulators(self, part: str, layout: Layout) -> dict[str, Array]:
-        specs = {name: (trees.wide(trees.dtype_of(spec.dtype)), spec) for name, spec in layout.items()}
-        total = sum(dtype.itemsize * spec.size for dtype, spec in specs.values())
+    def _accumulators(self, number: int, layout: Layout) -> dict[str, Array]:
+        dtypes = {name: trees.wide(trees.dtype_of(spec.dtype)) for name, spec in layout.items()}
+        total = sum(dtypes[name].itemsize * spec.size for name, spec in layout.items())
         if total <= MAP_BYTES:
-            return {name: np.zeros(spec.shape, dtype) for name, (dtype, spec) in specs.items()}
-        path = self._directory / f"accumulator-{part}.bin"
-        try:
-            buffer = np.memmap(path, np.uint8, "w+", shape=(total,))
-        except OSError as error:
-            raise StorageError(
-                f"Can't map an accumulator of {total} bytes at {path}: {error.strerror}."
-            ) from error
+            return {name: np.zeros(spec.shape, dtypes[name]) for name, spec in layout.items()}
+        path = self._folder() / f"accumulator-{number}.bin"
+        self._files.append(path)
+        buffer = _mapped_zeros(path, total)
         arrays: dict[str, Array] = {}
         offset = 0
-        for name, (dtype, spec) in sorted(specs.items(), key=lambda item: -item[1][0].itemsize):
-            end = offset + dtype.itemsize * spec.size
-            arrays[name] = buffer[offset:end].view(dtype).reshape(spec.shape)
+        for name in sorted(layout, key=lambda name: -dtypes[name].itemsize):  # float64 first: all stay aligned
+            end = offset + dtypes[name].itemsize * layout[name].size
+            arrays[name] = buffer[offset:end].view(dtypes[name]).reshape(layout[name].shape)
             offset = end
-        return arrays
+        return {name: arrays[name] for name in layout}
+
+
+def _mapped_zeros(path: Path, num_bytes: int) -> Array:
+    """Return ``num_bytes`` zeros in a new file; its blocks are claimed first, as a disk that is found full while
+    mapped memory is written ends the process with SIGBUS."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:
+                file.truncate(num_bytes)
+        return np.memmap(path, np.uint8, "r+", shape=(num_bytes,))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(
+            f"Can't map an accumulator of {num_bytes} bytes at {path}: {error.strerror}. "
+            "Free some space or set output.dir to a larger disk, then run again with --resume."
+        ) from error

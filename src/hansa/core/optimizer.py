@@ -6,12 +6,15 @@ On the server the "gradient" is minus the mean update (Reddi et al. 2021, arXiv:
     adagrad  v ← v + g²                        adam  v ← β₂v + (1 − β₂)g²
     yogi     v ← v − (1 − β₂)g² sign(v − g²)   step  w ← w − η m / (√v + τ),  m ← β₁m + (1 − β₁)g
 
-without bias correction, as in the paper; ``bias_correction=True`` gives Kingma & Ba's Adam for local steps.
-Only operators are applied to the leaves, so NumPy, torch and JAX arrays all work.
+without bias correction, as in the paper; ``bias_correction=True`` gives Loshchilov & Hutter's AdamW for local
+steps (arXiv:1711.05101). Its corrections 1 − βᵗ are kept as running averages of ones: that is the same number,
+and, other than a power of β in float32, exact to rounding from the first step on.
+Only operators are applied to the leaves, so NumPy, torch and JAX arrays all work, and keep their dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +46,8 @@ class Optimizer:
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise JobError(f"{name} must be positive, not {value}.")
+        if not 0 < value < math.inf:
+            raise JobError(f"{name} must be positive and finite, not {value}.")
 
 
 def _fraction(**values: float) -> None:
@@ -57,14 +60,12 @@ def _zeros(params: AnyTree) -> AnyTree:
     return {name: leaf * 0 for name, leaf in params.items()}
 
 
-def _sign(x: Any) -> Any:
-    return (x > 0) * 1.0 - (x < 0) * 1.0
-
-
 def sgd(lr: float = 1.0, momentum: float = 0.0, nesterov: bool = False) -> Optimizer:
     """Return ``v ← βv + g; w ← w − ηv`` (heavy ball), or Nesterov's ``w ← w − η(g + βv)``."""
     _positive(lr=lr)
     _fraction(momentum=momentum)
+    if nesterov and not momentum:
+        raise JobError("nesterov needs a momentum above 0.")
 
     def init(params: AnyTree) -> State:
         return {"momentum": _zeros(params)} if momentum else {}
@@ -90,12 +91,14 @@ def _adaptive(
 ) -> Optimizer:
     _positive(lr=lr, tau=tau)
     _fraction(beta1=beta1)
+    if not 0 <= weight_decay < math.inf:
+        raise JobError(f"weight_decay must be at least 0 and finite, not {weight_decay}.")
 
     def init(params: AnyTree) -> State:
         state: dict[str, AnyTree] = {"m": _zeros(params), "v": _zeros(params)}
         if correction:
-            first = next(iter(params.values()))
-            state["count"] = {"steps": first.reshape(-1)[:1].sum() * 0}
+            zero = next(iter(params.values())).reshape(-1)[:1].sum() * 0
+            state["correction"] = {"m": zero, "v": zero}
         return state
 
     def update(params: AnyTree, grads: AnyTree, state: State) -> tuple[AnyTree, State]:
@@ -105,10 +108,11 @@ def _adaptive(
         m_scale: Any = 1.0
         v_scale: Any = 1.0
         if correction:
-            count = state["count"]["steps"] + 1
-            new["count"] = {"steps": count}
-            m_scale = 1 / (1 - correction[0] ** count)
-            v_scale = 1 / (1 - correction[1] ** count)
+            seen = state["correction"]
+            ones = {n: beta * seen[n] + (1 - beta) for n, beta in zip("mv", correction, strict=True)}
+            new["correction"] = ones
+            m_scale = 1 / ones["m"]
+            v_scale = 1 / ones["v"]
         stepped = {
             n: w * (1 - lr * weight_decay) - lr * (m[n] * m_scale) / ((v[n] * v_scale) ** 0.5 + tau)
             for n, w in params.items()
@@ -129,9 +133,7 @@ def adam(
     """Return FedAdam's server optimiser, or AdamW with ``bias_correction=True`` and ``tau`` as its epsilon."""
     _fraction(beta2=beta2)
     correction = (beta1, beta2) if bias_correction else None
-    return _adaptive(
-        "adam", lr, beta1, tau, lambda v, g2: beta2 * v + (1 - beta2) * g2, weight_decay, correction
-    )
+    return _adaptive("adam", lr, beta1, tau, lambda v, g2: beta2 * v + (1 - beta2) * g2, weight_decay, correction)
 
 
 def adagrad(lr: float = 1e-1, beta1: float = 0.0, tau: float = 1e-3) -> Optimizer:
@@ -142,4 +144,9 @@ def adagrad(lr: float = 1e-1, beta1: float = 0.0, tau: float = 1e-3) -> Optimize
 def yogi(lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> Optimizer:
     """Return FedYogi's server optimiser."""
     _fraction(beta2=beta2)
-    return _adaptive("yogi", lr, beta1, tau, lambda v, g2: v - (1 - beta2) * g2 * _sign(v - g2))
+
+    def second(v: Any, g2: Any) -> Any:
+        step = (1 - beta2) * g2
+        return v + step * (v < g2) - step * (v > g2)
+
+    return _adaptive("yogi", lr, beta1, tau, second)

@@ -48,11 +48,18 @@ class Cohort(Protocol):
         ...
 
     def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
-        """Send ``plan`` to ``sites`` and yield their replies as they come.
+        """Send ``plan`` to ``sites`` and yield one reply for each, as they come.
 
-        Each site gives exactly one reply to each plan. If the caller stops iterating (a deadline), the replies
-        still outstanding are yielded by a later ``ask``; their header tells the round and version they answer.
+        A site that overruns the plan's deadline is an absence of kind ``late``.
         """
+        ...
+
+    def late(self) -> Sequence[Handle]:
+        """Return, and forget, the updates that came after their deadline; headers tell their round."""
+        ...
+
+    async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn metric sums, of one site or of many, into metrics."""
         ...
 
 
@@ -66,6 +73,18 @@ class Peers(Protocol):
     async def receive(self, recipient: str, topic: str) -> Parts:
         """Return what lies under ``topic`` (SiteError if nothing does); it stays until it is replaced."""
         ...
+
+
+SERVER = "server"
+"""The server's name as a node among peers."""
+
+EVERYONE = "everyone"
+"""The name under which a program trains on all sites' data in one place; for comparisons in simulation only."""
+
+
+def topic(job: str, round: int, sender: str) -> str:
+    """Return the topic under which ``sender`` leaves its trained parameters for a peer."""
+    return f"{job}.{round:06d}.{sender}"
 
 
 Adjust = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
@@ -120,7 +139,7 @@ class Program(Protocol):
 
     @property
     def sites(self) -> Sequence[str]:
-        """The names of all sites, sorted."""
+        """The names of all sites, sorted; ``train`` also takes :data:`EVERYONE` where the data allow it."""
         ...
 
     def initial(self) -> Tree:

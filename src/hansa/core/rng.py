@@ -17,8 +17,11 @@ def derive(seed: int, *labels: int | str) -> int:
     >>> derive(0, 1, "berlin") == derive(0, 1, "berlin") != derive(0, 2, "berlin")
     True
     """
-    text = "\x1f".join(str(item) for item in (seed, *labels))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    digest = hashlib.sha256()
+    for item in (seed, *labels):
+        data = str(item).encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *labels: int | str) -> np.random.Generator:

@@ -58,7 +58,7 @@ class Spec:
     @property
     def num_bytes(self) -> int:
         """Bytes of the raw data."""
-        return self.size * _DTYPES[self.dtype].itemsize
+        return self.size * int(_DTYPES[self.dtype].itemsize)
 
 
 Layout = Mapping[str, Spec]
@@ -86,7 +86,7 @@ def is_floating(dtype: np.dtype[Any]) -> bool:
 
 def wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype that sums of ``dtype`` are kept in: float64 for float64, otherwise float32."""
-    return dtype if dtype == np.float64 else np.dtype(np.float32)
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def floating(tree: Tree) -> dict[str, Array]:
@@ -114,7 +114,7 @@ def subtract(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scale(a: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return ``factor * a``; each leaf keeps its dtype."""
+    """Return ``factor * a``. NumPy makes bfloat16 times a Python number float32; every other dtype stays."""
     return {name: leaf * factor for name, leaf in a.items()}
 
 
@@ -126,8 +126,7 @@ def zeros_like(tree: Tree, dtype: np.dtype[Any] | None = None) -> dict[str, Arra
 def cast(tree: Tree, dtypes: Mapping[str, str]) -> dict[str, Array]:
     """Return the tree with each leaf in the dtype that ``dtypes`` names for it; no copy where it already is."""
     return {
-        name: leaf.astype(_DTYPES[dtypes[name]], copy=False) if name in dtypes else leaf
-        for name, leaf in tree.items()
+        name: leaf.astype(_DTYPES[dtypes[name]], copy=False) if name in dtypes else leaf for name, leaf in tree.items()
     }
 
 
@@ -147,13 +146,13 @@ def blocks(leaf: Array) -> Iterator[tuple[int, Array]]:
 
 
 def norm(tree: Tree) -> float:
-    """Return the joint L2 norm of all floating leaves, summed in float64.
+    """Return the joint L2 norm of all floating leaves, summed in float64, in the order of their names.
 
     >>> norm({"a": np.array([3.0]), "b": np.array([4.0])})
     5.0
     """
     total = 0.0
-    for leaf in floating(tree).values():
+    for _, leaf in sorted(floating(tree).items()):
         for _, values in blocks(leaf):
             wide_values = values.astype(np.float64)
             total += float(np.dot(wide_values, wide_values))

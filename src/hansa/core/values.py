@@ -63,6 +63,9 @@ class Plan:
         seed: the job's seed; a site derives its own generators from (seed, round, site).
         inbox: a topic in the site's mailbox that holds the parameters, in place of ``params``.
         outbox: the peer that gets the trained parameters, in place of an update to the server.
+        deadline_s: how many seconds a site has from when it starts.
+        acknowledged: site -> the last round whose update the server accepted from it; what the site remembers
+            from later rounds is not used.
     """
 
     job: str
@@ -74,6 +77,8 @@ class Plan:
     seed: int = 0
     inbox: str | None = None
     outbox: str | None = None
+    deadline_s: float | None = None
+    acknowledged: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,18 @@ RECORD_FORMAT = 1
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round. ``model`` and ``state`` are what it ended with; they are not in the JSON."""
+    """What happened in one round, and the model, strategy state and acknowledgements it ended with.
+
+    Attributes:
+        asked: the sites of the cohort.
+        accepted: those whose updates are in the sum.
+        absent: those that are not, by name, with the reason.
+        metrics: of the shared model; those of local training begin with ``train_``.
+        site_metrics: the same, a site.
+        notes: what the strategy has to say.
+        bytes_down, bytes_up: tensor bytes sent to and received from all sites.
+        seconds: wall-clock time.
+    """
 
     job: str
     round: int
@@ -210,6 +226,7 @@ class RoundRecord:
     seconds: float
     model: Model
     state: Parts
+    acknowledged: Mapping[str, int]
 
     def as_json(self) -> dict[str, Any]:
         """Return the record without its tensors, as JSON types."""
@@ -228,3 +245,13 @@ class RoundRecord:
             "bytes_up": self.bytes_up,
             "seconds": self.seconds,
         }
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a workflow goes on from: the state after ``round`` (0 before the first)."""
+
+    round: int
+    model: Model
+    state: Parts
+    acknowledged: Mapping[str, int] = field(default_factory=dict)

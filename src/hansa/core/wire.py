@@ -59,17 +59,14 @@ class Envelope:
     def tensors(self) -> list[tuple[str, str, Spec]]:
         """Return (part, name, spec) in canonical order."""
         return [
-            (part, name, self.layout[part][name])
-            for part in sorted(self.layout)
-            for name in sorted(self.layout[part])
+            (part, name, self.layout[part][name]) for part in sorted(self.layout) for name in sorted(self.layout[part])
         ]
 
 
 def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> int:
     """Write one value to ``file`` and return the number of bytes written."""
     layout = {
-        part: {name: (leaf.dtype.name, list(leaf.shape)) for name, leaf in tree.items()}
-        for part, tree in parts.items()
+        part: {name: (leaf.dtype.name, list(leaf.shape)) for name, leaf in tree.items()} for part, tree in parts.items()
     }
     head = msgspec.json.encode(_Head(kind, dict(meta), layout))
     written = file.write(_PREAMBLE.pack(MAGIC, FORMAT, len(head), zlib.crc32(head)))
@@ -208,6 +205,8 @@ class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True):
     seed: int
     inbox: str | None
     outbox: str | None
+    deadline_s: float | None
+    acknowledged: dict[str, int]
 
 
 _PARAMS = "params"
@@ -230,7 +229,17 @@ def write_update(file: BinaryIO, update: Update) -> int:
 def write_plan(file: BinaryIO, plan: Plan) -> int:
     """Write a plan; returns the number of bytes."""
     assert _PARAMS not in plan.parts, "a strategy's part may not be called 'params'"
-    meta = _PlanMeta(plan.job, plan.round, plan.task, plan.version, plan.seed, plan.inbox, plan.outbox)
+    meta = _PlanMeta(
+        plan.job,
+        plan.round,
+        plan.task,
+        plan.version,
+        plan.seed,
+        plan.inbox,
+        plan.outbox,
+        plan.deadline_s,
+        dict(plan.acknowledged),
+    )
     return write(file, "plan", msgspec.to_builtins(meta), {**plan.parts, _PARAMS: plan.params})
 
 
@@ -243,7 +252,17 @@ def read_plan(file: BinaryIO) -> Plan:
         raise WireError("The plan carries no parameters.")
     params = parts.pop(_PARAMS)
     return Plan(
-        meta.job, meta.round, meta.task, meta.version, params, parts, meta.seed, meta.inbox, meta.outbox
+        meta.job,
+        meta.round,
+        meta.task,
+        meta.version,
+        params,
+        parts,
+        meta.seed,
+        meta.inbox,
+        meta.outbox,
+        meta.deadline_s,
+        meta.acknowledged,
     )
 
 

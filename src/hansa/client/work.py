@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a site does with a plan: train under the strategy's client half, then pass the update through the filters."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from hansa.core import filter as filters
+from hansa.core import tree as trees
+from hansa.core.filter import Filter
+from hansa.core.ports import Correction, Program, Work
+from hansa.core.strategy import Strategy
+from hansa.core.tree import Parts, Tree
+from hansa.core.values import Plan, Update
+from hansa.errors import DataError, NonFiniteError, SiteError
+
+Memory = Mapping[str, Parts]
+"""What a site keeps from round to round: the strategy's parts, and each filter's, by owner."""
+
+STRATEGY = "strategy"
+
+WEIGHT_SCALE = 1024.0
+"""The public scale of weights: a site that trained on n examples sends w = n / WEIGHT_SCALE."""
+
+
+def perform(
+    program: Program, strategy: Strategy, pieces: Sequence[Filter], plan: Plan, site: str, memory: Memory
+) -> tuple[Update, Memory, Tree]:
+    """Do one plan at one site: return the update as it is sent, the site's new memory, the trained parameters.
+
+    Raises:
+        NonFiniteError: the loss, the parameters or a metric became NaN or infinite; nothing is to be sent.
+        DataError: the site trained on nothing.
+    """
+    begun = time.perf_counter()
+    if plan.task == "evaluate":
+        sums = program.evaluate(site, plan)
+        return _evaluated(plan, site, sums, time.perf_counter() - begun), memory, plan.params
+    rule = strategy.rule
+    context = rule.begin(plan.params, plan.parts, memory.get(STRATEGY, {}))
+    correction = Correction(context, rule.adjust) if rule.adjust else None
+    work = program.train(site, plan, correction)
+    _check(work, plan, site)
+    parts, kept = rule.finish(context, plan.params, work.params, work.steps)
+    update, memory = _finished(strategy, pieces, plan, site, work, parts, kept, memory)
+    return replace(update, seconds=time.perf_counter() - begun), memory, work.params
+
+
+def _finished(
+    strategy: Strategy,
+    pieces: Sequence[Filter],
+    plan: Plan,
+    site: str,
+    work: Work,
+    parts: Parts,
+    kept: Parts,
+    memory: Memory,
+) -> tuple[Update, Memory]:
+    """Turn finished local work into the update that is sent and the memory that is kept."""
+    update = Update(
+        site=site,
+        round=plan.round,
+        version=plan.version,
+        parts=parts,
+        weight=work.num_examples / WEIGHT_SCALE,
+        sums=dict(work.sums),
+        completed=work.completed,
+    )
+    update, remembered = filters.run(pieces, update, strategy.weighed, memory)
+    for tree in update.parts.values():
+        name = trees.first_non_finite(tree)
+        if name is not None:
+            raise NonFiniteError(
+                f"The update's tensor {name!r} is NaN or infinite. Lower train.lr or set train.clip_grad.",
+                site=site,
+                round=plan.round,
+            )
+    return update, {**remembered, STRATEGY: kept} if kept else remembered
+
+
+def _evaluated(plan: Plan, site: str, sums: Mapping[str, float], seconds: float) -> Update:
+    for name, value in sums.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"The evaluation's {name} is {value}: the model has diverged.", site=site, round=plan.round
+            )
+    return Update(site, plan.round, plan.version, {}, 1.0, dict(sums), 1.0, seconds)
+
+
+def _check(work: Work, plan: Plan, site: str) -> None:
+    if not work.num_examples > 0:
+        raise DataError("The site trained on no examples.", site=site, round=plan.round)
+    if work.steps.count < 1 or not 0 < work.completed <= 1:
+        raise SiteError("The site made no step.", site=site, round=plan.round)
+    for name, value in work.sums.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"The training {name} is {value}. Lower train.lr or set train.clip_grad.",
+                site=site,
+                round=plan.round,
+            )

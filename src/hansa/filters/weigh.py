@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multiply the weighed parts of an update by its weight, so that the server only sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hansa.core.filter import Filter
+from hansa.core.fit import Trait
+from hansa.core.tree import Parts
+from hansa.core.values import Update
+
+
+def weigh() -> Filter:
+    """Return the filter that every job has: parts declared as weighed become weight × part."""
+
+    def apply(update: Update, weighed: Mapping[str, bool], memory: Parts) -> tuple[Update, Parts]:
+        parts = {
+            part: {name: leaf * leaf.dtype.type(update.weight) for name, leaf in tree.items()}
+            if weighed[part]
+            else tree
+            for part, tree in update.parts.items()
+        }
+        return replace(update, parts=parts), {}
+
+    return Filter("weigh", frozenset({Trait.WEIGHS}), apply)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every engine offers a run, and what it does at a site."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from hansa import registry
+from hansa.client.work import perform
+from hansa.core.config import Choice
+from hansa.core.filter import Filter
+from hansa.core.fit import Trait
+from hansa.core.ports import Cohort, Peers, Program, SiteReport, topic
+from hansa.core.strategy import Strategy
+from hansa.core.tree import Tree
+from hansa.core.values import Absence, Plan, Update
+from hansa.errors import HansaError
+from hansa.filters.weigh import weigh
+from hansa.simulation.memory import Mailboxes, MemoryStore
+
+
+@dataclass(frozen=True)
+class Course:
+    """A training course over some sites: the job itself, or one of its baselines.
+
+    Attributes:
+        name: what plans of this course carry as their job.
+        sites: who takes part.
+        strategy: its name and options, or the value itself (engines in this process only).
+        filters: the same, in order; the weighing that every course has is added.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    strategy: Choice | Strategy
+    filters: tuple[Choice | Filter, ...] = ()
+
+    def pieces(self) -> tuple[Strategy, list[Filter]]:
+        """Return the strategy and the filters as values."""
+        strategy = (
+            registry.build("strategies", self.strategy.name, self.strategy.options)
+            if isinstance(self.strategy, Choice)
+            else self.strategy
+        )
+        chosen: list[Filter] = [
+            registry.build("filters", item.name, item.options) if isinstance(item, Choice) else item
+            for item in self.filters
+        ]
+        place = next((i for i, piece in enumerate(chosen) if Trait.CLIPS not in piece.traits), len(chosen))
+        return strategy, [*chosen[:place], weigh(), *chosen[place:]]
+
+
+class Engine(Protocol):
+    """Runs all sites of a job somewhere on this machine. An async context manager."""
+
+    @property
+    def traits(self) -> frozenset[Trait]:
+        """The engine's own traits and its program's."""
+        ...
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """All sites, sorted."""
+        ...
+
+    async def __aenter__(self) -> Engine:
+        """Start whatever it needs."""
+        ...
+
+    async def __aexit__(self, *exception: object) -> None:
+        """End every process it started."""
+        ...
+
+    async def initial(self) -> Tree:
+        """Return the parameters that training starts from."""
+        ...
+
+    async def inspect(self, site: str) -> SiteReport:
+        """Check one site's data against the job (DataError)."""
+        ...
+
+    async def export(self, params: Tree, directory: Path) -> None:
+        """Write a usable model with ``params`` to ``directory``."""
+        ...
+
+    def cohort(self, course: Course) -> Cohort:
+        """Return the sites of ``course`` as a workflow sees them."""
+        ...
+
+    @property
+    def peers(self) -> Peers:
+        """The mailboxes between sites."""
+        ...
+
+
+class SiteRunner:
+    """Carries plans out at sites: one instance in this process, or one in every worker."""
+
+    def __init__(self, program: Program, directory: Path) -> None:
+        self.program = program
+        self._memory = MemoryStore(directory / "memory")
+        self._mail = Mailboxes(directory / "mail")
+        self._errors = directory / "errors"
+        self._pieces: dict[str, tuple[Course, Strategy, list[Filter]]] = {}
+
+    def run(self, course: Course, plan: Plan, site: str) -> Update | Absence:
+        """Do ``plan`` at ``site``; whatever goes wrong there is an absence, with its reason."""
+        begun = time.perf_counter()
+        try:
+            update = self._run(course, plan, site)
+        except HansaError as error:
+            return Absence(site, "refused", error.message)
+        except Exception as error:  # noqa: BLE001 - one site's failure must not end the job
+            return Absence(site, "lost", self._log(site, plan, error))
+        return replace(update, seconds=time.perf_counter() - begun)
+
+    def _run(self, course: Course, plan: Plan, site: str) -> Update:
+        if course.name not in self._pieces or self._pieces[course.name][0] != course:
+            self._pieces[course.name] = (course, *course.pieces())
+        _, strategy, filters = self._pieces[course.name]
+        if plan.inbox is not None:
+            plan = replace(plan, params=self._mail.take(site, plan.inbox)["params"])
+        accepted = plan.acknowledged.get(site)
+        memory = self._memory.load(course.name, site, accepted) if plan.task == "train" else {}
+        update, memory, params = perform(self.program, strategy, filters, plan, site, memory)
+        if plan.task == "train":
+            self._memory.save(course.name, site, plan.round, memory, accepted)
+        if plan.outbox is not None:
+            self._mail.put(plan.outbox, topic(plan.job, plan.round, site), {"params": params})
+            update = replace(update, parts={})
+        return update
+
+    def _log(self, site: str, plan: Plan, error: Exception) -> str:
+        self._errors.mkdir(parents=True, exist_ok=True)
+        path = self._errors / f"{plan.job}.{site}.{plan.round:06d}.txt"
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        return f"{type(error).__name__}: {error} (traceback in {path})"
+
+
+def pin_threads(count: int) -> None:
+    """Make torch, where it is loaded, use ``count`` CPU threads, so that results don't depend on the machine."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(count)
+
+
+async def inspect_all(engine: Engine) -> tuple[list[SiteReport], Mapping[str, HansaError]]:
+    """Check every site's data before training; return the reports, and the errors by site."""
+    reports = []
+    errors: dict[str, HansaError] = {}
+    for site in engine.sites:
+        try:
+            reports.append(await engine.inspect(site))
+        except HansaError as error:
+            errors[site] = error
+    return reports, errors
+
+
+Replies = AsyncIterator[Update | Absence]

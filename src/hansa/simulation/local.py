@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``local`` engine: every site in this process, one after another, in the order of their names.
+
+Sites stand for machines that work at the same time, so a deadline is held against each site's own time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+
+from hansa import registry
+from hansa.core import wire
+from hansa.core.config import Job
+from hansa.core.fit import Trait
+from hansa.core.ports import Handle, Peers, Program, Reply, SiteReport
+from hansa.core.tree import Parts, Tree
+from hansa.core.values import Absence, Plan, Update
+from hansa.simulation.engine import Course, SiteRunner, pin_threads
+from hansa.simulation.memory import Mailboxes
+
+
+class Local:
+    """All sites in this process.
+
+    Args:
+        job: the resolved job.
+        directory: the run's folder for memories, mail, spooled updates and error logs.
+        program: the training code; built from the job's recipe by default.
+    """
+
+    def __init__(self, job: Job, directory: Path, program: Program | None = None) -> None:
+        self._job = job
+        self._directory = directory
+        self._given = program
+
+    async def __aenter__(self) -> Local:
+        """Build the program."""
+        if self._given is None:
+            recipe = registry.load("recipes", self._job.recipe.name)
+            self._program: Program = await asyncio.to_thread(recipe, self._job)
+        else:
+            self._program = self._given
+        self._runner = SiteRunner(self._program, self._directory)
+        self.sites: Sequence[str] = tuple(sorted(self._program.sites))
+        self.traits: frozenset[Trait] = self._program.traits
+        self.peers: Peers = LocalPeers(self._directory)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Free the program, if it was built here."""
+        if self._given is None:
+            self._program.close()
+
+    async def initial(self) -> Tree:
+        """Return the parameters that training starts from."""
+        return await asyncio.to_thread(self._program.initial)
+
+    async def inspect(self, site: str) -> SiteReport:
+        """Check one site's data against the job."""
+        return await asyncio.to_thread(self._program.inspect, site)
+
+    async def export(self, params: Tree, directory: Path) -> None:
+        """Write a usable model with ``params`` to ``directory``."""
+        await asyncio.to_thread(self._program.export, params, directory)
+
+    def cohort(self, course: Course) -> LocalCohort:
+        """Return the sites of ``course`` as a workflow sees them."""
+        return LocalCohort(self._job, self._program, self._runner, course, self._directory)
+
+
+class LocalCohort:
+    """The port of the ``local`` engine."""
+
+    def __init__(self, job: Job, program: Program, runner: SiteRunner, course: Course, directory: Path) -> None:
+        self.sites: Sequence[str] = course.sites
+        self._job = job
+        self._program = program
+        self._runner = runner
+        self._course = course
+        self._directory = directory
+        self._late: list[Handle] = []
+
+    async def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
+        """Carry ``plan`` out at each site in turn."""
+        for site in sorted(sites):
+            shares = self._job.engine.sites.get(site)
+            pin_threads((shares and shares.cpus) or self._job.engine.threads)
+            reply = await asyncio.to_thread(self._runner.run, self._course, plan, site)
+            if isinstance(reply, Update) and plan.deadline_s and reply.seconds > plan.deadline_s:
+                yield self._postpone(plan, reply)
+            else:
+                yield reply
+
+    def _postpone(self, plan: Plan, update: Update) -> Absence:
+        if plan.task == "train":
+            path = self._directory / f"late.{plan.round:06d}.{update.site}.hansa"
+            self._late.append(wire.spool(update, path))
+        reason = f"took {update.seconds:.2f} s, the deadline is {plan.deadline_s:g} s"
+        return Absence(update.site, "late", reason)
+
+    def late(self) -> Sequence[Handle]:
+        """Return, and forget, the updates that overran their deadline."""
+        late, self._late = self._late, []
+        return late
+
+    async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn metric sums into metrics."""
+        return self._program.summarise(sums)
+
+
+class LocalPeers:
+    """Mailboxes in the run's folder."""
+
+    def __init__(self, directory: Path) -> None:
+        self._mail = Mailboxes(directory / "mail")
+
+    async def send(self, sender: str, recipient: str, topic: str, parts: Parts) -> None:
+        """Leave ``parts`` under ``topic`` in the mailbox of ``recipient``."""
+        await asyncio.to_thread(self._mail.put, recipient, topic, parts)
+
+    async def receive(self, recipient: str, topic: str) -> Parts:
+        """Return what lies under ``topic`` in the mailbox of ``recipient``."""
+        return await asyncio.to_thread(self._mail.take, recipient, topic)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judge a model on the sites' held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hansa.core.ports import Cohort
+from hansa.core.values import Absence, Model, Plan
+from hansa.errors import QuorumError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of one model: over everyone's data, and site by site, with the sums behind them."""
+
+    overall: Mapping[str, float]
+    by_site: Mapping[str, Mapping[str, float]]
+    absent: Sequence[Absence] = field(default_factory=tuple)
+
+
+async def evaluate(
+    cohort: Cohort, model: Model, *, job: str, round: int, seed: int, sites: Sequence[str] | None = None
+) -> Scores:
+    """Ask ``sites`` (all by default) to evaluate ``model``, and add their sums up.
+
+    Raises:
+        QuorumError: no site could evaluate it.
+    """
+    plan = Plan(job, round, "evaluate", model.version, model.native(), seed=seed)
+    sums: dict[str, Mapping[str, float]] = {}
+    absent = []
+    async for reply in cohort.ask(plan, sites or cohort.sites):
+        if isinstance(reply, Absence):
+            absent.append(reply)
+        else:
+            sums[reply.header.site] = reply.header.sums
+            reply.release()
+    if not sums:
+        reasons = "; ".join(f"{a.site}: {a.reason}" for a in absent)
+        raise QuorumError(f"No site could evaluate the model ({reasons}).", job=job, round=round)
+    by_site = {site: await cohort.summarise(sums[site]) for site in sorted(sums)}
+    return Scores(await cohort.summarise(add(sums)), by_site, tuple(absent))
+
+
+def add(sums: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Add the sums of several sites up, in the order of their names."""
+    total: dict[str, float] = {}
+    for site in sorted(sums):
+        for name, value in sums[site].items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scatter-gather: plan → train at the sites → fold → step, with an explicit policy of participation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hansa.core import rng
+from hansa.core import tree as trees
+from hansa.core.config import Job
+from hansa.core.fit import Trait
+from hansa.core.fold import Fold
+from hansa.core.ports import Cohort, Handle
+from hansa.core.strategy import Strategy
+from hansa.core.tree import Layout
+from hansa.core.values import Absence, Aggregate, Plan, RoundRecord, Snapshot
+from hansa.errors import NonFiniteError, QuorumError, WireError
+from hansa.workflows.evaluate import Scores, evaluate
+
+
+async def scatter_gather(
+    job: Job, strategy: Strategy, cohort: Cohort, start: Snapshot, scratch: Path | None = None
+) -> AsyncIterator[RoundRecord]:
+    """Run rounds ``start.round + 1`` to ``job.rounds`` and yield a record of each.
+
+    The next round begins only when the consumer asks for the next record, so a sink that writes a checkpoint
+    has written it by then.
+
+    Args:
+        job: how many rounds, who is asked, and when the model is evaluated.
+        strategy: the algorithm.
+        cohort: the sites.
+        start: where to go on from.
+        scratch: a folder for updates that come early and for large accumulators.
+
+    Raises:
+        QuorumError: fewer sites answered than the policy asks for; it names each and its reason.
+    """
+    now = start
+    for number in range(start.round + 1, job.rounds + 1):
+        begun = time.perf_counter()
+        asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
+        plan = _plan(job, strategy, now, number, asked)
+        gathered = await _gather(job, strategy, cohort, plan, asked, scratch)
+        _require(job, gathered, asked, number)
+        model, state, notes = strategy.step(now.model, now.state, gathered.aggregate)
+        gathered.fold.discard()
+        acknowledged = {} if notes.get("forget") else {**now.acknowledged, **gathered.acknowledge}
+        now = Snapshot(number, model, state, acknowledged)
+        last = number == job.rounds
+        scores = None
+        if last or (job.evaluation.every and number % job.evaluation.every == 0):
+            scores = await evaluate(cohort, model, job=job.name, round=number, seed=job.seed)
+        yield await _record(job, cohort, now, plan, asked, gathered, scores, notes, time.perf_counter() - begun)
+
+
+def sample(sites: Sequence[str], amount: float, seed: int, round: int) -> tuple[str, ...]:
+    """Return the cohort of a round: a fraction of all sites, or a number above 1, drawn without replacement."""
+    count = wanted(amount, len(sites))
+    if count >= len(sites):
+        return tuple(sorted(sites))
+    chosen = rng.generator(seed, "cohort", round).choice(len(sites), count, replace=False)
+    return tuple(sorted(sites[i] for i in chosen))
+
+
+def wanted(amount: float, total: int) -> int:
+    """Return how many ``amount`` means out of ``total``: a fraction up to 1, a number above.
+
+    >>> wanted(0.5, 5), wanted(3, 5), wanted(1.0, 5)
+    (3, 3, 5)
+    """
+    return max(1, math.ceil(amount * total)) if amount <= 1 else int(amount)
+
+
+@dataclass
+class _Gathered:
+    fold: Fold
+    aggregate: Aggregate
+    accepted: list[str] = field(default_factory=list)
+    absent: list[Absence] = field(default_factory=list)
+    acknowledge: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_up: int = 0
+
+
+def _plan(job: Job, strategy: Strategy, now: Snapshot, number: int, asked: Sequence[str]) -> Plan:
+    return Plan(
+        job=job.name,
+        round=number,
+        task="train",
+        version=now.model.version,
+        params=now.model.native(),
+        parts=strategy.sent(now.state),
+        seed=job.seed,
+        deadline_s=job.cohort.deadline_s,
+        acknowledged={site: now.acknowledged[site] for site in asked if site in now.acknowledged},
+    )
+
+
+def _expected(strategy: Strategy, plan: Plan) -> dict[str, Layout]:
+    layout = trees.layout_of(trees.floating(plan.params))
+    return dict.fromkeys(strategy.weighed, layout)
+
+
+async def _gather(
+    job: Job,
+    strategy: Strategy,
+    cohort: Cohort,
+    plan: Plan,
+    asked: Sequence[str],
+    scratch: Path | None,
+) -> _Gathered:
+    overdue = {handle.header.site: handle for handle in cohort.late()}
+    stale = overdue if job.cohort.late == "accept" else {}
+    order = sorted({*asked, *stale})
+    fold = Fold(order, _expected(strategy, plan), strategy.weighed, len(cohort.sites), scratch)
+    gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, len(cohort.sites)))
+    for site, handle in sorted(overdue.items()):
+        if site in asked or site not in stale:
+            gathered.absent.append(Absence(site, "late", f"answered round {handle.header.round} too late"))
+            handle.release()
+        else:
+            _accept(gathered, strategy, plan, handle)
+    async for reply in cohort.ask(plan, asked):
+        if isinstance(reply, Absence):
+            gathered.absent.append(reply)
+            fold.skip(reply.site)
+        else:
+            _accept(gathered, strategy, plan, reply)
+    gathered.aggregate = fold.close()
+    gathered.accepted.sort()
+    return gathered
+
+
+def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle) -> None:
+    header = handle.header
+    age = plan.version - header.version
+    if header.completed < 1 and Trait.WHOLE_WORK in strategy.traits:
+        reason = (
+            f"did {header.completed:.0%} of its work, and {strategy.name} needs all of it "
+            "(fedprox and scaffold accept partial work)"
+        )
+        return _reject(gathered, handle, reason)
+    try:
+        gathered.fold.add(handle, 1.0 if age == 0 else (1.0 + age) ** -0.5)
+    except (WireError, NonFiniteError) as error:
+        return _reject(gathered, handle, error.message)
+    gathered.accepted.append(header.site)
+    gathered.acknowledge[header.site] = header.round
+    gathered.sums[header.site] = header.sums
+    gathered.seconds[header.site] = header.seconds
+    gathered.bytes_up += header.num_bytes
+    return None
+
+
+def _reject(gathered: _Gathered, handle: Handle, reason: str) -> None:
+    gathered.absent.append(Absence(handle.header.site, "rejected", reason))
+    gathered.fold.skip(handle.header.site)
+    handle.release()
+
+
+def _require(job: Job, gathered: _Gathered, asked: Sequence[str], number: int) -> None:
+    needed = wanted(job.cohort.quorum, len(asked))
+    if len(gathered.accepted) < needed:
+        gathered.fold.discard()
+        reasons = "\n".join(f"  {a.site}: {a.kind}: {a.reason}" for a in gathered.absent)
+        raise QuorumError(
+            f"{len(gathered.accepted)} of {len(asked)} sites answered, the quorum is {needed}.\n{reasons}\n"
+            "Mend the cause and run again with --resume, or lower cohort.quorum.",
+            job=job.name,
+            round=number,
+        )
+
+
+async def _record(
+    job: Job,
+    cohort: Cohort,
+    now: Snapshot,
+    plan: Plan,
+    asked: Sequence[str],
+    gathered: _Gathered,
+    scores: Scores | None,
+    notes: Mapping[str, Any],
+    seconds: float,
+) -> RoundRecord:
+    trained = await cohort.summarise(gathered.aggregate.metrics)
+    metrics = {f"train_{name}": value for name, value in trained.items()}
+    by_site = {
+        site: {f"train_{name}": value for name, value in (await cohort.summarise(sums)).items()}
+        | {"train_seconds": gathered.seconds[site]}
+        for site, sums in sorted(gathered.sums.items())
+    }
+    if scores:
+        metrics |= scores.overall
+        for site, values in scores.by_site.items():
+            by_site[site] = {**by_site.get(site, {}), **values}
+    sent = trees.num_bytes(plan.params) + sum(trees.num_bytes(tree) for tree in plan.parts.values())
+    return RoundRecord(
+        job=job.name,
+        round=now.round,
+        asked=tuple(asked),
+        accepted=tuple(gathered.accepted),
+        absent=tuple(gathered.absent),
+        metrics=metrics,
+        site_metrics=by_site,
+        notes={name: value for name, value in notes.items() if name != "forget"},
+        bytes_down=sent * len(asked),
+        bytes_up=gathered.bytes_up,
+        seconds=seconds,
+        model=now.model,
+        state=now.state,
+        acknowledged=now.acknowledged,
+    )
