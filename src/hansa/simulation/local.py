@@ -43,6 +43,7 @@ class Local:
         else:
             self._program = self._given
         self._runner = SiteRunner(self._program, self._directory)
+        self._turn = asyncio.Lock()
         self.sites: Sequence[str] = tuple(sorted(self._program.sites))
         self.traits: frozenset[Trait] = self._program.traits
         self.peers: Peers = LocalPeers(self._directory)
@@ -67,19 +68,22 @@ class Local:
 
     def cohort(self, course: Course) -> LocalCohort:
         """Return the sites of ``course`` as a workflow sees them."""
-        return LocalCohort(self._job, self._program, self._runner, course, self._directory)
+        return LocalCohort(self._job, self._program, self._runner, course, self._directory, self._turn)
 
 
 class LocalCohort:
     """The port of the ``local`` engine."""
 
-    def __init__(self, job: Job, program: Program, runner: SiteRunner, course: Course, directory: Path) -> None:
+    def __init__(
+        self, job: Job, program: Program, runner: SiteRunner, course: Course, directory: Path, turn: asyncio.Lock
+    ) -> None:
         self.sites: Sequence[str] = course.sites
         self._job = job
         self._program = program
         self._runner = runner
         self._course = course
         self._directory = directory
+        self._turn = turn
         self._late: list[Handle] = []
 
     async def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
@@ -87,7 +91,8 @@ class LocalCohort:
         for site in sorted(sites):
             shares = self._job.engine.sites.get(site)
             pin_threads((shares and shares.cpus) or self._job.engine.threads)
-            reply = await asyncio.to_thread(self._runner.run, self._course, plan, site)
+            async with self._turn:
+                reply = await asyncio.to_thread(self._runner.run, self._course, plan, site)
             if isinstance(reply, Update) and plan.deadline_s and reply.seconds > plan.deadline_s:
                 yield self._postpone(plan, reply)
             else:
