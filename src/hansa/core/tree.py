@@ -23,7 +23,7 @@ Parts = Mapping[str, Tree]
 BLOCK = 1 << 18
 """Elements handled at a time where an operation would otherwise hold a second whole tensor (1 MiB of float32)."""
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
     for name, kind in {
         "float64": np.float64,

@@ -8,20 +8,22 @@
     header     JSON       {"kind", "meta", "parts": {part: {tensor: [dtype, shape]}}}
     chunk*                tensor u32 · offset u64 (bytes) · length u32 · crc u32 · payload
 
-All integers are little-endian. Tensors come in canonical order (parts, then names, sorted), their chunks in
-order and without gaps, so a reader knows the exact number of bytes to expect: truncation, surplus, reordering
-and damage are all errors. Nothing is unpickled, and no size is trusted before it is checked; memory is one
-chunk. There is no limit on a tensor's or a value's size.
+All integers and elements are little-endian. Tensors come in canonical order (parts, then names, sorted), their
+chunks in order, without gaps, of ``tree.BLOCK`` elements each but a tensor's last. So a reader knows every byte's
+place: truncation, surplus, reordering and damage are all errors. Nothing is unpickled, names are never used as
+paths, and no size is trusted before its bytes are there; memory is one chunk. There is no limit on a tensor's or a
+value's size.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -29,12 +31,11 @@ import numpy as np
 from hansa.core import tree as trees
 from hansa.core.tree import Array, Parts, Spec
 from hansa.core.values import Chunk, Header, Plan, Task, Update
-from hansa.errors import ChecksumError, StorageError, VersionError, WireError
+from hansa.errors import ChecksumError, NonFiniteError, StorageError, VersionError, WireError
 
 FORMAT = 1
 MAGIC = b"HANSA\0"
 MAX_HEADER_BYTES = 64 << 20
-MAX_CHUNK_BYTES = 16 << 20
 MAX_TENSORS = 1 << 20
 MAX_DIMS = 32
 
@@ -64,24 +65,46 @@ class Envelope:
 
 
 def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> int:
-    """Write one value to ``file`` and return the number of bytes written."""
+    """Write one value to ``file`` and return the number of bytes written.
+
+    Raises:
+        WireError: a tensor's dtype or name is none that a Hansa value may have.
+    """
     layout = {
-        part: {name: (leaf.dtype.name, list(leaf.shape)) for name, leaf in tree.items()} for part, tree in parts.items()
+        part: {name: (_sendable(name, leaf), list(leaf.shape)) for name, leaf in tree.items()}
+        for part, tree in parts.items()
     }
-    head = msgspec.json.encode(_Head(kind, dict(meta), layout))
+    try:
+        head = msgspec.json.encode(_Head(kind, dict(meta), layout))
+    except UnicodeEncodeError as error:
+        raise WireError(f"The name {error.object!r} is not valid text.") from None
     written = file.write(_PREAMBLE.pack(MAGIC, FORMAT, len(head), zlib.crc32(head)))
     written += file.write(head)
     index = 0
     for part in sorted(parts):
         for name in sorted(parts[part]):
-            leaf = parts[part][name]
-            for start, values in trees.blocks(np.ascontiguousarray(leaf)):
-                payload = memoryview(values.view(np.uint8)) if values.size else memoryview(b"")
+            leaf = np.ascontiguousarray(parts[part][name], trees.dtype_of(layout[part][name][0]))
+            for start, values in trees.blocks(leaf):
+                payload = values.view(np.uint8).data
                 frame = _FRAME.pack(index, start * leaf.itemsize, len(payload), zlib.crc32(payload))
                 written += file.write(frame)
                 written += file.write(payload)
             index += 1
     return written
+
+
+def _sendable(name: str, leaf: Array) -> str:
+    if leaf.dtype.name not in trees.dtype_names():
+        raise WireError(
+            f"Tensor {name!r} is {leaf.dtype.name}, which can't be sent; cast it to one of: "
+            f"{', '.join(trees.dtype_names())}."
+        )
+    return leaf.dtype.name
+
+
+def _shown(text: str) -> str:
+    """Return what a stranger wrote, short enough for a message."""
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
 
 
 def _read_exactly(file: BinaryIO, count: int, what: str) -> bytes:
@@ -112,7 +135,7 @@ def read_envelope(file: BinaryIO) -> Envelope:
     try:
         head = msgspec.json.decode(raw, type=_Head)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError(f"The header is malformed: {error}.") from None
+        raise WireError(f"The header is malformed: {_shown(str(error))}.") from None
     if sum(len(tensors) for tensors in head.parts.values()) > MAX_TENSORS:
         raise WireError(f"The header names more than {MAX_TENSORS} tensors.")
     layout = {
@@ -124,13 +147,13 @@ def read_envelope(file: BinaryIO) -> Envelope:
 
 def _spec(name: str, dtype: str, shape: list[int]) -> Spec:
     if dtype not in trees.dtype_names():
-        raise WireError(f"Tensor {name!r} has an unknown dtype {dtype!r}.")
-    if len(shape) > MAX_DIMS or any(side < 0 for side in shape):
-        raise WireError(f"Tensor {name!r} has an impossible shape {shape}.")
-    spec = Spec(dtype, tuple(shape))
-    if spec.num_bytes >= 1 << 63:
-        raise WireError(f"Tensor {name!r} has an impossible shape {shape}.")
-    return spec
+        raise WireError(f"Tensor {_shown(name)} has an unknown dtype {_shown(dtype)}.")
+    # Sides of 0 do not save a shape whose other sides are too large for NumPy.
+    sides = [max(side, 1) for side in shape[: MAX_DIMS + 1]]
+    too_big = len(shape) > MAX_DIMS or Spec(dtype, tuple(sides)).num_bytes >= 1 << 63
+    if too_big or min(shape, default=0) < 0:
+        raise WireError(f"Tensor {_shown(name)} has an impossible shape {_shown(str(shape[:MAX_DIMS]))}.")
+    return Spec(dtype, tuple(shape))
 
 
 def read_chunks(file: BinaryIO, envelope: Envelope) -> Iterator[Chunk]:
@@ -144,15 +167,18 @@ def read_chunks(file: BinaryIO, envelope: Envelope) -> Iterator[Chunk]:
         dtype = trees.dtype_of(spec.dtype)
         offset = 0
         while offset < spec.num_bytes:
-            where = f"{part}/{name} at byte {offset}"
+            where = f"tensor {_shown(name)} of {_shown(part)} at byte {offset}"
             tensor, start, length, crc = _FRAME.unpack(_read_exactly(file, _FRAME.size, where))
             if tensor != index or start != offset:
                 raise WireError(f"A chunk is out of order: expected {where}.")
-            if not 0 < length <= min(MAX_CHUNK_BYTES, spec.num_bytes - offset) or length % dtype.itemsize:
-                raise WireError(f"A chunk of {length} bytes does not fit {where}.")
+            expected = min(trees.BLOCK * dtype.itemsize, spec.num_bytes - offset)
+            if length != expected:
+                raise WireError(f"A chunk has {length} bytes instead of {expected}: {where}.")
             payload = _read_exactly(file, length, where)
             if zlib.crc32(payload) != crc:
                 raise ChecksumError(f"A chunk is damaged (its checksum does not match): {where}.")
+            if dtype == np.bool_ and payload.translate(None, b"\0\1"):
+                raise WireError(f"A boolean is neither 0 nor 1: {where}.")
             yield Chunk(part, name, offset // dtype.itemsize, np.frombuffer(payload, dtype))
             offset += length
     if file.read(1):
@@ -160,49 +186,47 @@ def read_chunks(file: BinaryIO, envelope: Envelope) -> Iterator[Chunk]:
 
 
 def read_parts(file: BinaryIO, envelope: Envelope) -> dict[str, dict[str, Array]]:
-    """Read all chunks into whole tensors, allocated only as their bytes arrive."""
-    parts: dict[str, dict[str, Array]] = {part: {} for part in envelope.layout}
-    pending: dict[tuple[str, str], list[Array]] = {}
-    for part, name, spec in envelope.tensors():
-        if spec.size == 0:
-            parts[part][name] = np.zeros(spec.shape, trees.dtype_of(spec.dtype))
+    """Read all chunks into whole tensors, in the writer's order; memory grows only as bytes arrive."""
+    buffers = {part: {name: bytearray() for name in layout} for part, layout in envelope.layout.items()}
     for chunk in read_chunks(file, envelope):
-        spec = envelope.layout[chunk.part][chunk.tensor]
-        key = (chunk.part, chunk.tensor)
-        pieces = pending.setdefault(key, [])
-        pieces.append(chunk.values)
-        if chunk.start + chunk.values.size == spec.size:
-            whole = np.concatenate(pieces) if len(pieces) > 1 else pieces[0].copy()
-            parts[chunk.part][chunk.tensor] = whole.reshape(spec.shape)
-            del pending[key]
-    return parts
+        buffers[chunk.part][chunk.tensor] += chunk.values.view(np.uint8).data
+    return {
+        part: {
+            name: np.frombuffer(buffers[part][name], trees.dtype_of(spec.dtype)).reshape(spec.shape)
+            for name, spec in layout.items()
+        }
+        for part, layout in envelope.layout.items()
+    }
 
 
 def _meta(envelope: Envelope, kind: str, shape: type[Any]) -> Any:
     if envelope.kind != kind:
-        raise WireError(f"Expected a value of kind {kind!r}, got {envelope.kind!r}.")
+        raise WireError(f"Expected a value of kind {kind!r}, got {_shown(envelope.kind)}.")
     try:
         return msgspec.convert(envelope.meta, shape)
     except msgspec.ValidationError as error:
         raise WireError(f"The {kind}'s metadata are malformed: {error}.") from None
 
 
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+
+
 class _UpdateMeta(msgspec.Struct, forbid_unknown_fields=True):
     site: str
-    round: int
-    version: int
+    round: _Number
+    version: _Number
     weight: float
     sums: dict[str, float]
-    completed: float
-    seconds: float
+    completed: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
 
 
 class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True):
     job: str
-    round: int
+    round: _Number
     task: Task
-    version: int
-    seed: int
+    version: _Number
+    seed: _Number
     inbox: str | None
     outbox: str | None
     deadline_s: float | None
@@ -213,15 +237,23 @@ _PARAMS = "params"
 
 
 def write_update(file: BinaryIO, update: Update) -> int:
-    """Write an update; returns the number of bytes."""
+    """Write an update; returns the number of bytes.
+
+    Raises:
+        NonFiniteError: its weight or a metric is NaN or infinite, which the format does not hold.
+    """
+    sums = {name: float(value) for name, value in update.sums.items()}
+    for name, value in {"weight": update.weight, **sums}.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(f"The update's {name} is {value}.", site=update.site, round=update.round)
     meta = _UpdateMeta(
         update.site,
         update.round,
         update.version,
-        update.weight,
-        dict(update.sums),
-        update.completed,
-        update.seconds,
+        float(update.weight),
+        sums,
+        float(update.completed),
+        float(update.seconds),
     )
     return write(file, "update", msgspec.to_builtins(meta), update.parts)
 
@@ -314,8 +346,11 @@ class Spooled:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all tensors in canonical order, a chunk at a time, checking every checksum."""
-        with self.path.open("rb") as file:
-            yield from read_chunks(file, read_envelope(file))
+        try:
+            with self.path.open("rb") as file:
+                yield from read_chunks(file, read_envelope(file))
+        except OSError as error:
+            raise StorageError(f"Can't read the spooled update {self.path}: {error.strerror}.") from error
 
     def release(self) -> None:
         """Delete the file."""
@@ -332,6 +367,7 @@ def spool(update: Update, path: Path) -> Spooled:
         with path.open("wb") as file:
             write_update(file, update)
     except OSError as error:
+        path.unlink(missing_ok=True)
         raise StorageError(
             f"Can't spool the update of site {update.site!r} to {path}: {error.strerror}. "
             "Free some space or set output.dir to a larger disk, then run again with --resume."
