@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees on disk as safetensors, and files that are there whole or not at all."""
+"""Trees on disk as safetensors, and files that are there whole or not at all.
+
+safetensors is written and read here, not by the library, so that a tree is streamed tensor by tensor, mapped when
+it is read, and bfloat16 is a dtype like any other: https://github.com/huggingface/safetensors#format.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from hansa.core import tree as trees
 from hansa.core.tree import Array, Tree
@@ -34,6 +38,10 @@ _NAMES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+_CODES = {name: code for code, name in _NAMES.items()}
+
+MAX_HEADER_BYTES = 100 << 20
+"""The largest header that the safetensors library reads."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -57,8 +65,14 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    """Write ``value`` as indented JSON, atomically; NumPy numbers become plain ones, and NaN becomes null."""
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2) + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise NotImplementedError
 
 
 def read_json(path: Path) -> Any:
@@ -71,7 +85,7 @@ def read_json(path: Path) -> Any:
         return msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise StorageError(f"Can't read {path}: {error.strerror}.") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} is damaged: {error}.") from error
 
 
@@ -93,7 +107,14 @@ def sync_directory(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Make the folder ``temporary`` appear as ``final``, whole, after its files are durable."""
+    """Make the folder ``temporary`` appear as ``final``, whole, after its files are durable.
+
+    A crash at any instant leaves the old ``final`` or the new one. (Where the system can't swap two folders, which
+    Linux can, a crash between two renames may leave none.)
+
+    Raises:
+        StorageError: the disk is full or the folder can't be written.
+    """
     try:
         for path in temporary.rglob("*"):
             if path.is_file():
@@ -103,29 +124,72 @@ def publish(temporary: Path, final: Path) -> None:
                 sync_directory(path)
         sync_directory(temporary)
         if final.exists():
-            shutil.rmtree(final)
-        temporary.replace(final)
-        sync_directory(final.parent)
+            _swap(temporary, final)
+            sync_directory(final.parent)
+            shutil.rmtree(temporary)
+        else:
+            temporary.replace(final)
+            sync_directory(final.parent)
     except OSError as error:
         raise full(final, error) from error
 
 
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def _swap(a: Path, b: Path) -> None:
+    """Swap two folders: at once with renameat2(2), or else by three renames."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        code = errno.ENOSYS
+    else:
+        done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+        code = ctypes.get_errno() if done else 0
+    if code in (errno.ENOSYS, errno.EINVAL):
+        aside = b.with_name(f".{b.name}.old")
+        b.replace(aside)
+        a.replace(b)
+        aside.replace(a)
+    elif code:
+        raise OSError(code, os.strerror(code), str(b))
+
+
 def save_tree(path: Path, tree: Tree, metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``tree`` as a safetensors file.
+    """Write ``tree`` as a safetensors file, tensor by tensor.
 
     Raises:
         StorageError: the disk is full or the folder can't be written.
+        WireError: a tensor has a dtype that no Hansa value may have.
     """
-    contiguous = {name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in tree.items()}
+    for name, leaf in tree.items():
+        if leaf.dtype.name not in _CODES:
+            raise WireError(f"Tensor {name!r} is {leaf.dtype.name}, which safetensors files don't hold.")
+    # The widest dtypes come first, as the library writes them, so that every tensor is aligned when it is mapped.
+    names = sorted(tree, key=lambda name: (-tree[name].dtype.itemsize, name))
+    head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        begin, end = end, end + tree[name].nbytes
+        code = _CODES[tree[name].dtype.name]
+        head[name] = {"dtype": code, "shape": list(tree[name].shape), "data_offsets": [begin, end]}
+    text = msgspec.json.encode(head)
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
-    except SafetensorError as error:
-        raise StorageError(
-            f"Can't write {path}: {error}. Free some space or choose another output.dir; "
-            "the finished rounds are safe, and --resume goes on from the last one."
-        ) from error
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                leaf = np.ascontiguousarray(tree[name], trees.dtype_of(tree[name].dtype.name))
+                file.write(leaf.reshape(-1).view(np.uint8).data)
     except OSError as error:
         raise full(path, error) from error
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 def load_tree(path: Path) -> dict[str, Array]:
@@ -136,24 +200,34 @@ def load_tree(path: Path) -> dict[str, Array]:
         WireError: it is no well-formed safetensors file.
     """
     try:
-        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        data: Array = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     except OSError as error:
         raise StorageError(f"Can't read {path}: {error.strerror}.") from error
     length = int.from_bytes(data[:8].tobytes(), "little") if data.size >= 8 else -1
-    if not 0 <= length <= min(100 << 20, data.size - 8):
+    if not 0 <= length <= min(MAX_HEADER_BYTES, data.size - 8):
         raise WireError(f"{path} is no safetensors file.")
     try:
-        head = msgspec.json.decode(data[8 : 8 + length].tobytes(), type=dict[str, dict[str, Any]])
+        head = msgspec.json.decode(data[8 : 8 + length].tobytes(), type=dict[str, msgspec.Raw])
         head.pop("__metadata__", None)
-        return {name: _leaf(data[8 + length :], entry) for name, entry in head.items()}
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in head.items()}
+        return dict(_leaves(data[8 + length :], entries))
+    except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError) as error:
         raise WireError(f"{path} is no well-formed safetensors file: {error}.") from error
 
 
-def _leaf(data: Array, entry: Mapping[str, Any]) -> Array:
-    begin, end = entry["data_offsets"]
-    dtype = trees.dtype_of(_NAMES[entry["dtype"]])
-    spec = trees.Spec(dtype.name, tuple(entry["shape"]))
-    if not 0 <= begin <= end <= data.size or end - begin != spec.num_bytes:
-        raise ValueError("a tensor lies outside the file")
-    return np.frombuffer(data[begin:end], dtype).reshape(spec.shape)
+def _leaves(data: Array, entries: Mapping[str, _Entry]) -> Iterator[tuple[str, Array]]:
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.dtype not in _NAMES:
+            raise ValueError(f"a tensor has an unknown dtype {entry.dtype[:20]!r}")
+        spec = trees.Spec(_NAMES[entry.dtype], tuple(entry.shape))
+        begin, previous = entry.data_offsets[0], end
+        end = entry.data_offsets[1]
+        if begin != previous or min(spec.shape, default=0) < 0 or end - begin != spec.num_bytes or end > data.size:
+            raise ValueError("its tensors do not fill it without gaps")
+        leaf = data[begin:end].view(np.ndarray)
+        if spec.dtype == "bool" and (leaf > 1).any():
+            raise ValueError("a boolean is neither 0 nor 1")
+        yield name, leaf.view(trees.dtype_of(spec.dtype)).reshape(spec.shape)
+    if end != data.size:
+        raise ValueError("its tensors do not fill it without gaps")
