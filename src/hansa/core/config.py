@@ -175,8 +175,9 @@ class BaselineSection(Section):
 class OutputSection(Section):
     """Where results go."""
 
-    dir: str = Field("runs", description="The folder that holds runs.")
+    dir: str = Field("runs", description="The folder that holds runs, relative to the current one.")
     keep: Annotated[int, Field(ge=1)] = Field(2, description="Checkpoints kept beside the best.")
+    model: Literal["last", "best"] = Field("last", description="Which round's model is saved and reported.")
     tensorboard: bool = False
 
 

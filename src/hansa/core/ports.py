@@ -170,6 +170,10 @@ class Program(Protocol):
         """Write a model that has ``params`` to ``directory``, in the form users of its library expect."""
         ...
 
+    def show(self, params: Tree) -> Mapping[str, str]:
+        """Return something to look at, prompt -> what a model with ``params`` makes of it; or nothing."""
+        ...
+
     def close(self) -> None:
         """End processes and free what was loaded."""
         ...

@@ -89,6 +89,10 @@ class Engine(Protocol):
         """Write a usable model with ``params`` to ``directory``."""
         ...
 
+    async def show(self, params: Tree) -> Mapping[str, str]:
+        """Return something to look at: prompt -> what a model with ``params`` makes of it; or nothing."""
+        ...
+
     def cohort(self, course: Course) -> Cohort:
         """Return the sites of ``course`` as a workflow sees them."""
         ...

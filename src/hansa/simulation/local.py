@@ -66,6 +66,10 @@ class Local:
         """Write a usable model with ``params`` to ``directory``."""
         await asyncio.to_thread(self._program.export, params, directory)
 
+    async def show(self, params: Tree) -> Mapping[str, str]:
+        """Return something to look at: prompt -> what a model with ``params`` makes of it; or nothing."""
+        return await asyncio.to_thread(self._program.show, params)
+
     def cohort(self, course: Course) -> LocalCohort:
         """Return the sites of ``course`` as a workflow sees them."""
         return LocalCohort(self._job, self._program, self._runner, course, self._directory, self._turn)

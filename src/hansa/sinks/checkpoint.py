@@ -11,7 +11,7 @@ A folder appears by one rename after all its files are durable. The last ``keep`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Checkpoints:
                 shutil.rmtree(self._directory / f"{number:06d}", ignore_errors=True)
 
 
-def early_stop(records: list[Mapping[str, Any]], metric: str, mode: str, patience: int | None) -> bool:
+def early_stop(records: Sequence[Mapping[str, Any]], metric: str, mode: str, patience: int | None) -> bool:
     """Say whether the last ``patience`` evaluations brought no better ``metric``."""
     sign = 1 if mode == "min" else -1
     values: list[float] = [sign * record["metrics"][metric] for record in records if metric in record["metrics"]]

@@ -17,7 +17,7 @@ from hansa.core.ports import SERVER, Cohort, Peers, topic
 from hansa.core.strategy import Strategy
 from hansa.core.values import Absence, Plan, RoundRecord, Snapshot
 from hansa.errors import NonFiniteError, QuorumError
-from hansa.workflows.evaluate import add, evaluate
+from hansa.workflows.evaluate import TRAINING, add, evaluate
 from hansa.workflows.scatter_gather import sample, wanted
 
 
@@ -56,10 +56,16 @@ async def cyclic(
         if broken:
             raise NonFiniteError(f"Tensor {broken!r} is NaN or infinite.", job=job.name, round=number)
         now = replace(now, round=number, model=now.model.advance(trees.widen(trees.floating(params))))
-        metrics = {f"train_{k}": v for k, v in (await cohort.summarise(add(turn.sums))).items()}
+        metrics = {TRAINING + k: v for k, v in (await cohort.summarise(add(turn.sums))).items()}
+        by_site: dict[str, dict[str, float]] = {
+            site: {TRAINING + k: v for k, v in (await cohort.summarise(sums)).items()}
+            for site, sums in turn.sums.items()
+        }
         if number == job.rounds or (job.evaluation.every and number % job.evaluation.every == 0):
             scores = await evaluate(cohort, now.model, job=job.name, round=number, seed=job.seed)
             metrics |= scores.overall
+            for site, values in scores.by_site.items():
+                by_site[site] = {**by_site.get(site, {}), **values}
         hops = len(turn.accepted) * trees.num_bytes(params)
         yield RoundRecord(
             job.name,
@@ -68,7 +74,7 @@ async def cyclic(
             tuple(turn.accepted),
             tuple(turn.absent),
             metrics,
-            {site: await cohort.summarise(sums) for site, sums in turn.sums.items()},
+            by_site,
             {},
             hops,
             hops,

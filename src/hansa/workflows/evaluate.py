@@ -44,6 +44,20 @@ async def evaluate(
     return Scores(await cohort.summarise(add(sums)), by_site, tuple(absent))
 
 
+TRAINING = "train_"
+"""How the names of metrics of local training begin in a record."""
+
+
+def scores_of(metrics: Mapping[str, float], site_metrics: Mapping[str, Mapping[str, float]]) -> Scores:
+    """Return the scores in a round's metrics, those of local training left out."""
+
+    def judged(values: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in values.items() if not name.startswith(TRAINING)}
+
+    by_site = {site: judged(values) for site, values in site_metrics.items()}
+    return Scores(judged(metrics), {site: values for site, values in by_site.items() if values})
+
+
 def add(sums: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Add the sums of several sites up, in the order of their names."""
     total: dict[str, float] = {}

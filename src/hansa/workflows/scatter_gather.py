@@ -20,11 +20,17 @@ from hansa.core.strategy import Strategy
 from hansa.core.tree import Layout
 from hansa.core.values import Absence, Aggregate, Plan, RoundRecord, Snapshot
 from hansa.errors import NonFiniteError, QuorumError, WireError
-from hansa.workflows.evaluate import Scores, evaluate
+from hansa.workflows.evaluate import TRAINING, Scores, evaluate
 
 
 async def scatter_gather(
-    job: Job, strategy: Strategy, cohort: Cohort, start: Snapshot, scratch: Path | None = None
+    job: Job,
+    strategy: Strategy,
+    cohort: Cohort,
+    start: Snapshot,
+    scratch: Path | None = None,
+    *,
+    judges: Sequence[str] | None = None,
 ) -> AsyncIterator[RoundRecord]:
     """Run rounds ``start.round + 1`` to ``job.rounds`` and yield a record of each.
 
@@ -37,6 +43,7 @@ async def scatter_gather(
         cohort: the sites.
         start: where to go on from.
         scratch: a folder for updates that come early and for large accumulators.
+        judges: the sites whose held-out data the model is judged on; all of the cohort by default.
 
     Raises:
         QuorumError: fewer sites answered than the policy asks for; it names each and its reason.
@@ -55,7 +62,7 @@ async def scatter_gather(
         last = number == job.rounds
         scores = None
         if last or (job.evaluation.every and number % job.evaluation.every == 0):
-            scores = await evaluate(cohort, model, job=job.name, round=number, seed=job.seed)
+            scores = await evaluate(cohort, model, job=job.name, round=number, seed=job.seed, sites=judges)
         yield await _record(job, cohort, now, plan, asked, gathered, scores, notes, time.perf_counter() - begun)
 
 
@@ -190,10 +197,10 @@ async def _record(
     seconds: float,
 ) -> RoundRecord:
     trained = await cohort.summarise(gathered.aggregate.metrics)
-    metrics = {f"train_{name}": value for name, value in trained.items()}
+    metrics = {TRAINING + name: value for name, value in trained.items()}
     by_site = {
-        site: {f"train_{name}": value for name, value in (await cohort.summarise(sums)).items()}
-        | {"train_seconds": gathered.seconds[site]}
+        site: {TRAINING + name: value for name, value in (await cohort.summarise(sums)).items()}
+        | {TRAINING + "seconds": gathered.seconds[site]}
         for site, sums in sorted(gathered.sums.items())
     }
     if scores:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a federated model is compared with: the model before training, each site alone, all data in one place.
+
+All train with the job's own settings and as many local steps: a site alone makes rounds × steps, as it does in the
+federation; the central model makes as many as all sites together. Every model is judged on every site's held-out
+data, which gives two columns: a site's own, and everyone's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hansa.core.config import Choice, CohortSection, EvaluationSection, Job
+from hansa.core.ports import EVERYONE
+from hansa.core.tree import Tree
+from hansa.core.values import Model, Snapshot
+from hansa.simulation.engine import Course, Engine
+from hansa.simulation.progress import Progress
+from hansa.workflows.evaluate import Scores, evaluate, scores_of
+from hansa.workflows.scatter_gather import scatter_gather
+
+Save = Callable[[str, Scores], None]
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Trains and judges a job's baselines, each once.
+
+    Attributes:
+        job: the job; its strategy, filters and cohort policy are left out of the baselines.
+        engine: runs the sites.
+        start: the parameters that the federation started from.
+        scratch: a folder for what training spools.
+        done: baselines that an earlier attempt finished, by name.
+        save: called with each name and its scores as soon as they are known.
+    """
+
+    job: Job
+    engine: Engine
+    start: Tree
+    scratch: Path
+    done: Mapping[str, Scores]
+    save: Save
+
+    async def run(self, progress: Progress) -> None:
+        """Train and judge whatever the job asks for and is not done yet."""
+        wanted = self.job.baselines
+        todo: list[tuple[str, Callable[[], Awaitable[Scores]]]] = []
+        if wanted.base:
+            todo.append(("base", lambda: self._judge("base", Model.start(self.start))))
+        if wanted.central:
+            rounds = self.job.rounds * len(self.engine.sites)
+            todo.append(("central", lambda: self._train("central", EVERYONE, rounds, progress)))
+        if wanted.local:
+            for site in self.engine.sites:
+                name = f"local.{site}"
+                todo.append((name, lambda n=name, s=site: self._train(n, s, self.job.rounds, progress)))  # type: ignore[misc]
+        open_ones = [(name, work) for name, work in todo if name not in self.done]
+        progress.stage("baselines", sum(self._length(name) for name, _ in open_ones))
+        await asyncio.gather(*(self._finish(name, work) for name, work in open_ones))
+
+    def _length(self, name: str) -> int:
+        if name == "base":
+            return 0
+        return self.job.rounds * (len(self.engine.sites) if name == "central" else 1)
+
+    async def _finish(self, name: str, work: Callable[[], Awaitable[Scores]]) -> None:
+        self.save(name, await work())
+
+    async def _judge(self, name: str, model: Model) -> Scores:
+        cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), Choice(name="fedavg")))
+        return await evaluate(cohort, model, job=name, round=0, seed=self.job.seed)
+
+    async def _train(self, name: str, site: str, rounds: int, progress: Progress) -> Scores:
+        job = self.job.model_copy(
+            update={
+                "name": name,
+                "rounds": rounds,
+                "cohort": CohortSection(),
+                "evaluation": EvaluationSection(every=0),
+            }
+        )
+        course = Course(name, (site,), Choice(name="fedavg"))
+        strategy, _ = course.pieces()
+        model = Model.start(self.start)
+        start = Snapshot(0, model, strategy.init(model))
+        scratch = self.scratch / name
+        scratch.mkdir(parents=True, exist_ok=True)
+        cohort = self.engine.cohort(course)
+        async for record in scatter_gather(job, strategy, cohort, start, scratch, judges=self.engine.sites):
+            progress.advance(f"{name}: round {record.round} of {rounds}")
+            last = record
+        return scores_of(last.metrics, last.site_metrics)
