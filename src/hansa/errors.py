@@ -136,5 +136,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     >>> nearest("fedvag", ["fedavg", "scaffold"])
     " Did you mean 'fedavg'?"
     """
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    spellings = {item.lower(): item for item in known}
+    matches = difflib.get_close_matches(word.lower(), spellings, n=1)
+    return f" Did you mean {spellings[matches[0]]!r}?" if matches else ""

@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import pydantic
 
@@ -89,20 +89,33 @@ def load(family: str, name: str) -> Callable[..., Any]:
     if target is None:
         known = names(family)
         raise JobError(f"{name!r} is not one of the {family}: {', '.join(known)}.{nearest(name, known)}")
-    return load_object(target)
+    builder = load_object(target)
+    if not callable(builder):
+        raise JobError(f"{target!r} is not one of the {family}: it can't be called.")
+    return cast("Callable[..., Any]", builder)
 
 
 def load_object(target: str) -> Any:
-    """Import ``module:attribute``."""
+    """Import ``module:attribute``.
+
+    Raises:
+        JobError: there is no such module or attribute.
+        MissingExtraError: the module's optional library is not installed.
+    """
     module, _, attribute = target.partition(":")
+    if not all(step.isidentifier() for step in [*module.split("."), attribute]):
+        raise JobError(f"{target!r} is not of the form module:attribute.")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise missing(error) or JobError(
             f"{target!r} can't be imported: {error}. Check the module's name and that it is on the path."
         ) from error
-    except AttributeError as error:
-        raise JobError(f"{target!r} can't be imported: {module} has no {attribute!r}.") from error
+    except (ImportError, SyntaxError) as error:
+        raise JobError(f"{target!r} can't be imported: {error}.") from error
+    if not hasattr(loaded, attribute):
+        raise JobError(f"{target!r} can't be imported: {module} has no {attribute!r}.{nearest(attribute, dir(loaded))}")
+    return getattr(loaded, attribute)
 
 
 def missing(error: ModuleNotFoundError) -> MissingExtraError | None:
@@ -125,14 +138,16 @@ def build(family: str, name: str, options: Mapping[str, Any]) -> Any:
 
 def checked(where: str, builder: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``options`` converted to the types that ``builder``'s keyword parameters are annotated with."""
-    parameters = inspect.signature(builder).parameters
+    signature = inspect.signature(builder).parameters.values()
+    parameters = {p.name: p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature)
     hints = get_type_hints(builder)
     for key in options:
-        if key not in parameters:
+        if key not in parameters and not open_ended:
             raise JobError(
                 f"{where} has no option {key!r}; it has: {', '.join(parameters) or 'none'}.{nearest(key, parameters)}"
             )
-    converted = {}
+    converted = {key: value for key, value in options.items() if key not in parameters}
     for key, parameter in parameters.items():
         if key not in options:
             if parameter.default is inspect.Parameter.empty:

@@ -7,19 +7,24 @@ job file are relative to the file.
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import tomllib
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from hansa.errors import JobError, nearest
 
-FORMAT = 1
+FORMAT: Final = 1
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -27,14 +32,28 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 class Section(BaseModel):
     """A frozen table of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Choice(BaseModel):
-    """A name from one of the tables in :mod:`hansa.registry`, and that piece's own options beside it."""
+    """A name from one of the tables in :mod:`hansa.registry`, and that piece's own options beside it.
+
+    A bare name is short for a table that has nothing else.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str = Field(description="A known name, or module:attribute of your own.")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Publish the bare name as well as the table."""
+        table = handler.resolve_ref_schema(handler(core))
+        return {"anyOf": [{"type": "string"}, table], "description": table.pop("description")}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,6 +153,13 @@ class CohortSection(Section):
         description="What becomes of an answer after the deadline: accept adds it to a later round.",
     )
 
+    @pydantic.field_validator("sample", "quorum")
+    @classmethod
+    def _share_or_number(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError("a number above 1 counts sites and must be whole")
+        return value
+
 
 class SiteResources(Section):
     """A site's share of this machine, in simulation."""
@@ -182,11 +208,15 @@ class OutputSection(Section):
 
 
 class Job(Section):
-    """One training run, declared."""
+    """One training run, declared.
+
+    Raises:
+        JobError: with every problem, one a line, and the nearest known key for an unknown one.
+    """
 
     format: Literal[1] = FORMAT
     name: Name
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     rounds: Annotated[int, Field(gt=0)] = 10
     recipe: Choice
     model: ModelSection = ModelSection()
@@ -203,19 +233,25 @@ class Job(Section):
     output: OutputSection = OutputSection()
     directory: str = Field(".", description="What relative paths are relative to; the job file's folder.")
 
-    @pydantic.field_validator("recipe", "strategy", "partition", "workflow", mode="before")
-    @classmethod
-    def _bare_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise JobError("The job is not valid:\n" + "\n".join(_problems(error, values))) from None
 
-    @pydantic.field_validator("filters", mode="before")
+    @pydantic.field_validator("format", mode="before")
     @classmethod
-    def _bare_names(cls, value: Any) -> Any:
-        return [{"name": item} if isinstance(item, str) else item for item in value]
+    def _known_format(cls, value: Any) -> Any:
+        if value != FORMAT:
+            raise ValueError(f"this release reads jobs of format {FORMAT} only")
+        return value
 
     def path(self, value: str) -> Path:
         """Return ``value`` as a path, relative to the job's directory."""
-        path = Path(value).expanduser()
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError:
+            raise JobError(f"The path {value!r} names a user that this machine does not know.") from None
         return path if path.is_absolute() else Path(self.directory) / path
 
     def to_json(self) -> str:
@@ -229,33 +265,74 @@ def parse(values: Mapping[str, Any]) -> Job:
     Raises:
         JobError: with every problem, one a line, and the nearest known key for an unknown one.
     """
-    try:
-        return Job.model_validate(dict(values))
-    except pydantic.ValidationError as error:
-        raise JobError("The job is not valid:\n" + "\n".join(_problem(e) for e in error.errors())) from None
+    for key in values:
+        if not isinstance(key, str):
+            raise JobError(f"The job is not valid:\n  {key!r}: a key must be text; put it in quotes.")
+    return Job(**values)
 
 
-def _problem(error: Any) -> str:
-    location = [str(item) for item in error["loc"]]
-    where = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = _fields(location[:-1])
-        return f"  {where}: unknown key.{nearest(location[-1], known) or ' Known keys: ' + ', '.join(known) + '.'}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"  {where}: this key is needed."
-    return f"  {where}: {message} (got {error['input']!r})."
+def _problems(error: pydantic.ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """Return a line for every key that is wrong; the branches of a union that failed share one."""
+    found: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    unions = set()
+    for item in error.errors(include_url=False):
+        location = _location(item, values)
+        where = ".".join(location)
+        if len(location) < len(item["loc"]):
+            unions.add(where)
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key.{_suggestion(location)}"
+        elif item["type"] == "missing":
+            message = "this key is needed."
+        elif item["type"] == "model_type":
+            message = "a table of settings is needed here."
+        else:
+            message = item["msg"].removeprefix("Value error, ").removesuffix(".")
+            shown = repr(item["input"])
+            got[where] = f" (got {shown if len(shown) <= 80 else shown[:80] + '...'})."
+        found.setdefault(where, []).append(message)
+    deepest = [w for w in found if not (w in unions and any(other.startswith(f"{w}.") for other in found))]
+    return [f"  {where}: {'; or '.join(found[where])}{got.get(where, '')}" for where in deepest]
 
 
-def _fields(location: Sequence[str]) -> list[str]:
-    section: Any = Job
+def _location(item: Any, values: Any) -> list[str]:
+    """Return an error's place in the job, without the names that pydantic gives to the branches of a union."""
+    location = []
+    for step in item["loc"]:
+        try:
+            values = values[step]
+        except (KeyError, IndexError, TypeError):
+            continue
+        location.append(str(step))
+    if item["type"] == "missing":
+        location.append(str(item["loc"][-1]))
+    return location
+
+
+def _suggestion(location: Sequence[str]) -> str:
+    *path, key = location
+    known = _keys(path)
+    elsewhere = [f"{name}.{key}" for name in Job.model_fields if key in _keys([name])]
+    return nearest(key, known) or (
+        f" Did you mean {elsewhere[0]!r}?" if elsewhere else f" Known keys: {', '.join(known)}."
+    )
+
+
+def _keys(location: Sequence[str]) -> list[str]:
+    """Return the keys of the section at ``location``."""
+    kind: Any = Job
     for step in location:
-        field = section.model_fields.get(step)
-        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
+        kind = kind.model_fields[step].annotation if _is_section(kind) else get_args(kind)[-1]
+        branches = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        kind = next((b for b in branches if _is_section(b) or get_origin(b) in (dict, list)), None)
+        if kind is None:
             return []
-    return list(section.model_fields)
+    return list(kind.model_fields) if _is_section(kind) else []
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -265,7 +342,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
         JobError: the file is missing, unreadable, or no valid job.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.*")] if path.parent.is_dir() else []
         raise JobError(f"There is no job file {str(path)!r}.{nearest(path.name, siblings)}") from None
@@ -276,16 +353,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
             case ".toml":
                 values: Any = tomllib.loads(text)
             case ".yaml" | ".yml":
-                values = yaml.safe_load(text)
+                values = yaml.load(text, _YamlLoader)
             case ".json":
-                values = json.loads(text)
+                values = json.loads(text, object_pairs_hook=_without_twins)
             case suffix:
                 raise JobError(f"A job is a .toml, .yaml or .json file, not {suffix!r} ({path}).")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise JobError(f"{path} is not well formed: {error}") from None
     if not isinstance(values, dict):
         raise JobError(f"{path} holds no table of settings.")
-    values.setdefault("directory", str(path.parent))
+    directory = values.get("directory", ".")
+    if isinstance(directory, str):
+        values["directory"] = str((path.parent / directory).absolute())
     return parse(override(values, overrides))
 
 
@@ -295,15 +374,11 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     >>> override({"train": {"lr": 1}}, ["train.lr=0.5", "name=x"])
     {'train': {'lr': 0.5}, 'name': 'x'}
     """
-    result: dict[str, Any] = json.loads(json.dumps(values))
+    result: dict[str, Any] = copy.deepcopy(dict(values))
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not all(key.split(".")):
             raise JobError(f"--set takes key=value with a dotted key, not {item!r}.")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
         *path, last = key.split(".")
         table = result
         for step in path:
@@ -313,7 +388,44 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             if not isinstance(inner, dict):
                 raise JobError(f"--set {key}: {step!r} is not a table.")
             table = inner
-        table[last] = value
+        table[last] = _value(text)
+    return result
+
+
+def _value(text: str) -> Any:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's core schema, as in JSON: 1e-3 is a number; yes, no and dates are text; a key stands once."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own declaration)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _without_twins([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return dict(super().construct_mapping(node, deep=True))
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("merge", r"<<", "<"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+0123456789."),
+):
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands twice in one table")
+        result[key] = value
     return result
 
 
