@@ -124,16 +124,15 @@ async def _gather(
     scratch: Path | None,
 ) -> _Gathered:
     overdue = {handle.header.site: handle for handle in cohort.late()}
-    stale = overdue if job.cohort.late == "accept" else {}
-    order = sorted({*asked, *stale})
+    welcome = {site: handle for site, handle in overdue.items() if job.cohort.late == "accept" and site not in asked}
+    order = sorted({*asked, *welcome})
     fold = Fold(order, _expected(strategy, plan), strategy.weighed, len(cohort.sites), scratch)
     gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, len(cohort.sites)))
     for site, handle in sorted(overdue.items()):
-        if site in asked or site not in stale:
-            gathered.absent.append(Absence(site, "late", f"answered round {handle.header.round} too late"))
-            handle.release()
-        else:
+        if site in welcome:
             _accept(gathered, strategy, plan, handle)
+        else:
+            handle.release()
     async for reply in cohort.ask(plan, asked):
         if isinstance(reply, Absence):
             gathered.absent.append(reply)

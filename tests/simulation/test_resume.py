@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run killed at any instant goes on and ends with the same bits as one that was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toys
+
+from hansa.simulation.run import Run, digest, list_runs, run
+from hansa.sinks.checkpoint import Checkpoints
+
+CHILD = """
+import sys, toys
+from hansa.simulation.run import run
+job = toys.job(rounds=12, strategy=sys.argv[1], recipe={"size": 50_000, "delay_s": 0.001},
+               output={"dir": sys.argv[2]}, baselines={"base": True, "local": True})
+run(job, resume=sys.argv[3] == "resume")
+"""
+
+
+def final(run):
+    """Return the digest of the last checkpoint's parameters and strategy state."""
+    checkpoints = Checkpoints(run.directory / "checkpoints", 2, "loss", "min")
+    snapshot = checkpoints.load()
+    assert snapshot is not None
+    state = {f"{part}.{name}": leaf for part, tree in snapshot.state.items() for name, leaf in tree.items()}
+    return snapshot.round, digest(snapshot.model.params), digest(state)
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "fedadam"])
+def test_sigkill_at_random_instants(tmp_path, strategy):
+    seed = random.SystemRandom().randrange(1 << 30)
+    generator = random.Random(seed)
+    env = {**os.environ, "PYTHONPATH": str(Path(toys.__file__).parent)}
+
+    def start(folder, mode):
+        command = [sys.executable, "-c", CHILD, strategy, str(folder), mode]
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    begun = time.monotonic()
+    undisturbed = start(tmp_path / "whole", "new")
+    assert undisturbed.wait(timeout=120) == 0
+    length = time.monotonic() - begun
+    kills = 0
+    mode = "new"
+    for _ in range(40):
+        child = start(tmp_path / "killed", mode)
+        try:
+            _, error = child.communicate(timeout=generator.uniform(0.3, 1.0) * length if kills < 6 else 120)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            kills += 1
+            mode = "resume" if list_runs(tmp_path / "killed") else "new"
+            continue
+        assert child.returncode == 0, f"seed {seed}: {error}"
+        break
+    assert kills >= 1, f"seed {seed}: nothing was killed"
+    (whole,), (killed,) = list_runs(tmp_path / "whole"), list_runs(tmp_path / "killed")
+    assert killed.status["state"] == "finished"
+    assert final(killed) == final(whole), f"seed {seed}, {kills} kills"
+    assert killed.report["model"]["sha256"] == whole.report["model"]["sha256"]
+    assert [r["round"] for r in killed.records] == list(range(1, 13))
+    assert killed.report["baselines"] == whole.report["baselines"]
+
+
+def test_a_round_that_can_not_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    job = toys.job(rounds=3, output={"dir": str(tmp_path)})
+    written = Checkpoints.write
+
+    def full(self, record):
+        if record.round == 3:
+            raise OSError(28, "No space left on device")
+        written(self, record)
+
+    monkeypatch.setattr(Checkpoints, "write", full)
+    with pytest.raises(Exception, match="No space left on device") as caught:
+        run(job)
+    assert caught.type.__name__ == "StorageError"
+    monkeypatch.setattr(Checkpoints, "write", written)
+    (stopped,) = list_runs(tmp_path)
+    assert stopped.status["state"] == "failed"
+    assert Checkpoints(stopped.directory / "checkpoints", 2, "loss", "min").rounds() == [1, 2]
+    finished = run(job, resume=True)
+    assert finished.directory == stopped.directory
+    fresh = run(toys.job(rounds=3, output={"dir": str(tmp_path / "fresh")}))
+    assert final(finished) == final(fresh)
+
+
+def test_two_processes_can_not_work_on_one_run(tmp_path):
+    job = toys.job(rounds=2, output={"dir": str(tmp_path)})
+    done = run(job)
+    import fcntl
+
+    with (done.directory / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Exception, match="at work in another process"):
+            run(job, resume=done.id)
+
+
+def test_a_changed_job_is_not_resumed(tmp_path):
+    done = run(toys.job(rounds=2, output={"dir": str(tmp_path)}))
+    with pytest.raises(Exception, match="The job has changed"):
+        run(toys.job(rounds=3, output={"dir": str(tmp_path)}), resume=done.id)
+    assert Run(done.directory).status["state"] == "finished"
