@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training program behind the model recipes: any ``transformers`` model, whole or by a ``peft`` adapter.
+
+What differs between tasks (columns, examples, loss, metrics) is a :class:`Task`; everything else is here, once.
+Metrics travel as sums, which a server only adds up; ``summarise`` turns them into metrics.
+
+Training is a pure function of the plan and the site's data: order and dropout come from (seed, round, site), and
+whatever a forward pass may change beside the shared tensors is put back first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hansa.client import torch as local
+from hansa.client.batches import num_steps, shuffled
+from hansa.core.config import Job
+from hansa.core.fit import Trait
+from hansa.core.ports import EVERYONE, Correction, SiteReport, Work
+from hansa.core.tree import Array, Tree
+from hansa.core.values import Plan
+from hansa.errors import DataError, HansaError, ModelError, StorageError
+from hansa.recipes import pretrained
+from hansa.recipes.data import SiteData, Split
+from hansa.recipes.tables import Table, TextRows
+
+Examples = Sequence[Any]
+Batch = Mapping[str, Tensor]
+
+
+class Task(Protocol):
+    """What one recipe knows: its columns, examples, loss and metrics."""
+
+    @property
+    def auto_class(self) -> str:
+        """The ``transformers`` class that loads its models."""
+        ...
+
+    @property
+    def adapter_task(self) -> str | None:
+        """peft's name of the task; None where peft has none."""
+        ...
+
+    @property
+    def roles(self) -> Sequence[str]:
+        """What ``data.columns`` may name."""
+        ...
+
+    @property
+    def text_rows(self) -> TextRows:
+        """What a row of a text file is."""
+        ...
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """Config fields it sets; a task that sets any (labels) has a head of its own, which is always trained."""
+        ...
+
+    def processor(self, job: Job) -> Any:
+        """Return the tokenizer or image processor; it has ``save_pretrained(directory)``."""
+        ...
+
+    def load(self, job: Job, processor: Any) -> tuple[nn.Module, list[str]]:
+        """Return the model, checked against the processor, and the modules that the base has no weights for."""
+        ...
+
+    def labels(self, table: Table) -> Mapping[str, int]:
+        """Check every row's columns and return the label histogram."""
+        ...
+
+    def examples(self, table: Table, processor: Any) -> Examples:
+        """Turn rows into what batches are made of."""
+        ...
+
+    def num_trained(self, examples: Examples) -> float:
+        """Return n, what an update from these examples is weighed by."""
+        ...
+
+    def batch(self, examples: Examples, processor: Any) -> Batch:
+        """Stack some examples."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the mean loss, and sums for training metrics."""
+        ...
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
+        """Return sums for all metrics."""
+        ...
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn sums into metrics; no metrics where nothing was summed."""
+        ...
+
+    def show(self, model: Any, processor: Any) -> Mapping[str, str]:
+        """Return something to look at, prompt -> answer; or nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Site:
+    train: Examples
+    test: Examples
+
+
+class _Tuned:
+    """A model on its device with the tensors that are shared, and the rest as it was when it was loaded."""
+
+    def __init__(self, job: Job, task: Task, processor: Any) -> None:
+        model, fresh = task.load(job, processor)
+        adapter = job.model.adapter
+        if adapter is not None:
+            heads = _heads(model, fresh) if task.fields else []
+            model = pretrained.add_adapter(model, adapter, task.adapter_task, heads, job.seed)
+        self.model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.shared = pretrained.shared_tensors(self.model, adapted=adapter is not None)
+        self.trainable = {n: t for n, t in self.shared.items() if t.requires_grad}
+        if not self.trainable:
+            raise ModelError("The model has nothing to train: set model.adapter.target_modules or modules_to_save.")
+        moving = {id(tensor) for tensor in self.shared.values()}
+        self.touched = False
+        self._still = {n: b.clone() for n, b in self.model.named_buffers() if id(b) not in moving}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def set(self, params: Tree) -> None:
+        self.touched = True
+        local.copy_in(self.shared, params)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                if name in self._still:
+                    buffer.copy_(self._still[name])
+
+
+def _heads(model: nn.Module, fresh: Sequence[str]) -> list[str]:
+    base = getattr(model, "base_model_prefix", "")
+    tops = [n for n, child in model.named_children() if n != base and any(True for _ in child.parameters())]
+    return [*tops, *(name for name in fresh if name.partition(".")[0] not in tops)]
+
+
+class FineTune:
+    """A :class:`hansa.core.ports.Program` for one task. Models and data are loaded when first needed, and kept.
+
+    Args:
+        job: the job.
+        task: what the recipe knows.
+    """
+
+    def __init__(self, job: Job, task: Task) -> None:
+        self._job = job
+        self._task = task
+        self._data = SiteData(job, task.roles, task.text_rows)
+        self._splits: dict[str, Split] = {}
+        self._sites: dict[str, _Site] = {}
+
+    @property
+    def traits(self) -> frozenset[Trait]:
+        """One site at a time; adaptive steps unless the optimiser is plain SGD."""
+        train = self._job.train
+        plain = train.optimizer == "sgd" and not train.momentum
+        return frozenset({Trait.STEPWISE} if plain else {Trait.STEPWISE, Trait.ADAPTIVE_STEPS})
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """The names of all sites, sorted."""
+        return self._data.names
+
+    @cached_property
+    def _processor(self) -> Any:
+        return self._task.processor(self._job)
+
+    @cached_property
+    def _tuned(self) -> _Tuned:
+        return _Tuned(self._job, self._task, self._processor)
+
+    def initial(self) -> dict[str, Array]:
+        """Return the shared tensors as the base, or the seed, gives them."""
+        tuned = _Tuned(self._job, self._task, self._processor) if self._tuned.touched else self._tuned
+        return local.copy_out(tuned.shared)
+
+    def inspect(self, site: str) -> SiteReport:
+        """Load a site's rows and check every one against the job."""
+        split = self._split(site)
+        labels = self._task.labels(split.train)
+        self._task.labels(split.test)
+        return SiteReport(site, {"train": len(split.train), "test": len(split.test)}, labels)
+
+    def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
+        """Train from ``plan.params`` on the training examples of the site, or of all for ``EVERYONE``."""
+        each = self.sites if site == EVERYONE else [site]
+        examples = list(itertools.chain.from_iterable(self._examples(name).train for name in each))
+        section = self._job.train
+        tuned = self._tuned
+        labels = (plan.round, site)
+        order = shuffled(len(examples), section.batch_size, plan.seed, "order", *labels)
+        with _at(site, plan), local.seeded(plan.seed, "train", *labels):
+            tuned.set(plan.params)
+            done = local.train(
+                tuned.model,
+                tuned.trainable,
+                (self._batch([examples[i] for i in rows]) for rows in order),
+                self._task.loss,
+                section,
+                num_steps(section, len(examples)),
+                correction,
+            )
+        params = local.copy_out(tuned.shared)
+        return Work(params, self._task.num_trained(examples), done.steps, done.sums, done.completed)
+
+    def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
+        """Return sums over the site's held-out examples."""
+        examples = self._examples(site).test
+        size = self._job.train.eval_batch_size
+        batches = (self._batch(examples[i : i + size]) for i in range(0, len(examples), size))
+        with _at(site, plan):
+            self._tuned.set(plan.params)
+            return local.evaluate(self._tuned.model, batches, self._task.score)
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn sums, of one site or of many, into metrics."""
+        return self._task.summarise(sums)
+
+    def export(self, params: Tree, directory: Path) -> None:
+        """Write ``directory/model`` for ``from_pretrained``, and ``directory/adapter`` for ``peft``.
+
+        An adapter is merged into the model; where its method can't be (prompt tuning, ...), only the adapter is
+        written, and ``peft`` loads it onto the base.
+
+        Raises:
+            StorageError: the disk is full or the folder can't be written.
+        """
+        tuned = _Tuned(self._job, self._task, self._processor)
+        tuned.set(params)
+        model: Any = tuned.model.cpu()
+        try:
+            with pretrained.quiet():
+                if self._job.model.adapter is not None:
+                    model.save_pretrained(directory / "adapter")
+                    self._processor.save_pretrained(directory / "adapter")
+                    if not hasattr(model.base_model, "merge_and_unload"):
+                        return
+                    model = model.merge_and_unload()
+                model.save_pretrained(directory / "model")
+                self._processor.save_pretrained(directory / "model")
+        except OSError as error:
+            raise StorageError(f"The model can't be written to {directory}: {error}. Free some space.") from error
+
+    def show(self, params: Tree) -> Mapping[str, str]:
+        """Return prompt -> what the model makes of it, for recipes that generate."""
+        self._tuned.set(params)
+        self._tuned.model.eval()
+        with torch.inference_mode(), pretrained.quiet():
+            return self._task.show(self._tuned.model, self._processor)
+
+    def close(self) -> None:
+        """Free models and data; they are loaded again if they are needed again."""
+        self._splits.clear()
+        self._sites.clear()
+        for name in ("_tuned", "_processor"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+
+    def _split(self, site: str) -> Split:
+        if site not in self._splits:
+            self._splits[site] = self._data.load(site)
+        return self._splits[site]
+
+    def _examples(self, site: str) -> _Site:
+        if site not in self._sites:
+            split = self._split(site)
+            train, test = (self._task.examples(table, self._processor) for table in (split.train, split.test))
+            if not len(train):
+                raise DataError("The site's rows give no examples to train on: they hold no text.", site=site)
+            self._sites[site] = _Site(train, test)
+        return self._sites[site]
+
+    def _batch(self, examples: Examples) -> dict[str, Tensor]:
+        device = self._tuned.device
+        return {n: tensor.to(device) for n, tensor in self._task.batch(examples, self._processor).items()}
+
+
+@contextlib.contextmanager
+def _at(site: str, plan: Plan) -> Iterator[None]:
+    """Add site and round to errors that don't know them."""
+    try:
+        yield
+    except HansaError as error:
+        error.site = error.site or site
+        error.round = plan.round if error.round is None else error.round
+        raise
