@@ -48,8 +48,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "script": "hansa.recipes.script:build",
     },
     "workflows": {
-        "scatter-gather": "hansa.workflows.scatter_gather:scatter_gather",
-        "cyclic": "hansa.workflows.cyclic:cyclic",
+        "scatter-gather": "hansa.workflows.scatter_gather:workflow",
+        "cyclic": "hansa.workflows.cyclic:workflow",
     },
 }
 

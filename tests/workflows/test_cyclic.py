@@ -3,12 +3,14 @@
 
 import numpy as np
 import pytest
-import toys
 
+import toys
+from hansa.core.storage import load_tree
 from hansa.core.values import Model, Snapshot
-from hansa.errors import QuorumError
+from hansa.errors import FitError, QuorumError
 from hansa.simulation.engine import Course
 from hansa.simulation.local import Local
+from hansa.simulation.run import run
 from hansa.workflows.cyclic import cyclic
 
 
@@ -18,7 +20,7 @@ async def records(job, directory):
         strategy, _ = course.pieces()
         model = Model.start(await engine.initial())
         start = Snapshot(0, model, strategy.init(model))
-        return [r async for r in cyclic(job, strategy, engine.cohort(course), start, peers=engine.peers)]
+        return [r async for r in cyclic(job, strategy, engine.cohort(course), engine.peers, start)]
 
 
 def by_hand(rounds, skipped=()):
@@ -50,3 +52,23 @@ async def test_below_quorum_it_ends(tmp_path):
     faults = {"s0:1": "raise", "s1:1": "data"}
     with pytest.raises(QuorumError, match="s1: The site has lost its data"):
         await records(toys.job(recipe={"faults": faults}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"strategy": "scaffold"}, "scaffold"),
+        ({"strategy": "fedadam"}, "fedadam"),
+        ({"filters": [{"name": "clip", "max_norm": 1.0}]}, "clip"),
+        ({"cohort": {"deadline_s": 1.0, "late": "accept"}}, "policy"),
+    ],
+)
+def test_what_a_relay_would_drop_is_refused(tmp_path, change, named):
+    with pytest.raises(FitError, match=named):
+        run(toys.job(workflow="cyclic", output={"dir": str(tmp_path)}, **change))
+
+
+def test_a_relay_runs_from_a_job(tmp_path):
+    done = run(toys.job(workflow="cyclic", output={"dir": str(tmp_path)}))
+    params = load_tree(done.model_directory / "model.safetensors")
+    np.testing.assert_allclose(params["w"], by_hand(4), rtol=1e-12)

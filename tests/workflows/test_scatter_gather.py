@@ -5,8 +5,8 @@ import contextlib
 
 import numpy as np
 import pytest
-import toys
 
+import toys
 from hansa.core.values import Model, Snapshot
 from hansa.errors import QuorumError
 from hansa.simulation.engine import Course
@@ -131,7 +131,7 @@ def test_sampling_is_uniform():
 
 
 def test_an_amount_is_a_fraction_or_a_number():
-    assert [wanted(x, 10) for x in (0.01, 0.25, 1.0, 2, 10)] == [1, 3, 10, 2, 10]
+    assert [wanted(x, 10) for x in (0.01, 0.25, 1.0, 1, 2, 10)] == [1, 3, 10, 1, 2, 10]
 
 
 async def test_scaffold_forgets_what_was_not_accepted(tmp_path):

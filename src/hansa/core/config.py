@@ -137,28 +137,22 @@ class TrainSection(Section):
         return self
 
 
+Amount = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
+"""A whole number (3: three sites) or a fraction written with a point (1.0: all, 0.5: half)."""
+
+
 class CohortSection(Section):
     """Who is asked in a round, and what becomes of those who don't answer."""
 
-    sample: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="A fraction of all sites in (0, 1], or a whole number of sites above 1."
-    )
-    quorum: Annotated[float, Field(gt=0)] = Field(
-        0.5,
-        description="The least answers a round needs: a fraction of those asked, or a whole number above 1.",
+    sample: Amount = Field(1.0, description="Who is asked: a fraction (1.0 is all) or a whole number of sites.")
+    quorum: Amount = Field(
+        0.5, description="The least answers a round needs: a fraction of those asked, or a whole number of sites."
     )
     deadline_s: Annotated[float, Field(gt=0)] | None = Field(None, description="Seconds a site has to answer.")
     late: Literal["discard", "accept"] = Field(
         "discard",
         description="What becomes of an answer after the deadline: accept adds it to a later round.",
     )
-
-    @pydantic.field_validator("sample", "quorum")
-    @classmethod
-    def _share_or_number(cls, value: float) -> float:
-        if value > 1 and not value.is_integer():
-            raise ValueError("a number above 1 counts sites and must be whole")
-        return value
 
 
 class SiteResources(Section):

@@ -29,6 +29,8 @@ class Trait(Enum):
     CLIPS = "bounds an update's norm"
     WEIGHS = "multiplies an update by its weight"
     ENCODES = "changes an update's dtype or form for the wire"
+    SERVER_STEP = "does more at the server than add the mean update"
+    RELAYS = "hands the model from site to site, without a sum or a server step"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,36 @@ _RULES = (
         Trait.TIMED,
         "sites trained as one computation all end at the same moment, so a deadline means nothing.",
         "leave out cohort.deadline_s, or use engine 'processes'.",
+    ),
+    _Rule(
+        Trait.RELAYS,
+        Trait.SERVER_STEP,
+        "no server step is made, so the algorithm would be another one.",
+        "use fedavg or fedprox with lr = 1, or workflow 'scatter-gather'.",
+    ),
+    _Rule(
+        Trait.RELAYS,
+        Trait.CLIPS,
+        "sites hand over whole models, and no update passes through the filter.",
+        "leave the filter out, or use workflow 'scatter-gather'.",
+    ),
+    _Rule(
+        Trait.RELAYS,
+        Trait.ENCODES,
+        "sites hand over whole models, and no update passes through the filter.",
+        "leave the filter out, or use workflow 'scatter-gather'.",
+    ),
+    _Rule(
+        Trait.RELAYS,
+        Trait.STALE,
+        "a late site has no turn to come back to.",
+        "use cohort.late = 'discard'.",
+    ),
+    _Rule(
+        Trait.RELAYS,
+        Trait.VECTORISED,
+        "sites take turns, so there is nothing to train at once.",
+        "use engine 'local' or 'processes'.",
     ),
     _Rule(
         Trait.EXTRA_PARTS,

@@ -14,12 +14,16 @@ from hansa.core.values import Plan, RoundRecord
 class Progress(Protocol):
     """Shows progress; every method returns at once."""
 
-    def stage(self, name: str, total: int) -> None:
-        """Begin a stage of ``total`` steps (0 where that isn't known)."""
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """Begin a stage of ``total`` steps (0 where that isn't known), ``done`` of them done by an earlier attempt."""
         ...
 
     def advance(self, detail: str = "") -> None:
         """Count one step of the current stage."""
+        ...
+
+    def ask(self, plan: Plan, sites: Sequence[str]) -> None:
+        """Sites have been asked to carry a plan out."""
         ...
 
     def reply(self, plan: Plan, reply: Reply) -> None:
@@ -38,10 +42,13 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, done: int = 0) -> None:
         """Show nothing."""
 
     def advance(self, detail: str = "") -> None:
+        """Show nothing."""
+
+    def ask(self, plan: Plan, sites: Sequence[str]) -> None:
         """Show nothing."""
 
     def reply(self, plan: Plan, reply: Reply) -> None:
@@ -67,7 +74,8 @@ class Watched:
         return self.cohort.sites
 
     async def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
-        """Ask, and show each reply."""
+        """Ask, and show who is asked and each reply."""
+        self.progress.ask(plan, sites)
         async for reply in self.cohort.ask(plan, sites):
             self.progress.reply(plan, reply)
             yield reply

@@ -39,6 +39,7 @@ from hansa.core.ports import Cohort, Program, SiteReport
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
 from hansa.core.values import Model, RoundRecord, Snapshot
+from hansa.core.workflow import Workflow
 from hansa.errors import DataError, HansaError, InterruptedRunError, JobError, StorageError, nearest
 from hansa.simulation.baselines import Baselines
 from hansa.simulation.engine import Course, Engine, inspect_all
@@ -236,9 +237,7 @@ class _Carrier:
             module = registry.load_object("hansa.sinks.tensorboard:TensorBoard")
             sinks.append(module(self._directory / "tensorboard"))
         sinks.append(self._checkpoints)
-        self._progress.stage("federated training", self._job.rounds)
-        for _ in range(start.round):
-            self._progress.advance()
+        self._progress.stage("federated training", self._job.rounds, start.round)
         now = start
         if not self._enough(lines.records):
             async for record in self._rounds(strategy, start):
@@ -259,11 +258,9 @@ class _Carrier:
         return early_stop(records, evaluation.metric, evaluation.mode, evaluation.patience)
 
     def _rounds(self, strategy: Strategy, start: Snapshot) -> AsyncIterator[RoundRecord]:
-        workflow = registry.load("workflows", self._job.workflow.name)
         cohort: Cohort = Watched(self._engine.cohort(self._course), self._progress)
-        further = {"peers": self._engine.peers} if self._job.workflow.name == "cyclic" else {}
-        rounds: AsyncIterator[RoundRecord] = workflow(self._job, strategy, cohort, start, self._work, **further)
-        return rounds
+        workflow = workflow_of(self._job)
+        return workflow.rounds(self._job, strategy, cohort, self._engine.peers, start, self._work)
 
     def _chosen(self, last: Snapshot) -> Snapshot:
         best = self._checkpoints.best
@@ -345,15 +342,23 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
         cohort.add(Trait.TIMED)
     if job.cohort.late == "accept":
         cohort.add(Trait.STALE)
+    workflow = workflow_of(job)
     vectorised = {Trait.VECTORISED} if job.engine.name == "batched" else set()
     return [
         Piece("strategy", strategy.name, strategy.traits),
         *(Piece("filter", piece.name, piece.traits) for piece in filters),
         Piece("recipe", job.recipe.name, program_traits - {Trait.VECTORISED}),
         Piece("optimizer", job.train.optimizer, frozenset() if plain else frozenset({Trait.ADAPTIVE_STEPS})),
+        Piece("workflow", workflow.name, workflow.traits),
         Piece("cohort", "policy", frozenset(cohort)),
         Piece("engine", job.engine.name, frozenset(vectorised)),
     ]
+
+
+def workflow_of(job: Job) -> Workflow:
+    """Return the workflow that the job names."""
+    chosen: Workflow = registry.build("workflows", job.workflow.name, job.workflow.options)
+    return chosen
 
 
 def digest(params: Tree) -> str:

@@ -39,4 +39,7 @@ def averaging(name: str, optimizer: Optimizer) -> Strategy:
         model, state = descend(optimizer, model, state, aggregate.mean("delta"))
         return model, state, {}
 
-    return Strategy(name, init=init, step=step, traits=frozenset({Trait.WHOLE_WORK}))
+    traits = {Trait.WHOLE_WORK}
+    if not (optimizer.plain and optimizer.lr == 1):
+        traits.add(Trait.SERVER_STEP)
+    return Strategy(name, init=init, step=step, traits=frozenset(traits))

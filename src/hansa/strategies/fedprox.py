@@ -41,5 +41,5 @@ def fedprox(mu: float = 0.01, lr: float = 1.0) -> Strategy:
         init=averaged.init,
         step=averaged.step,
         rule=ClientRule(begin=begin, adjust=adjust),
-        traits=frozenset({Trait.STEP_LEVEL}),
+        traits=averaged.traits - {Trait.WHOLE_WORK} | {Trait.STEP_LEVEL},
     )

@@ -88,7 +88,7 @@ def scaffold(lr: float = 1.0, guard: float = 10.0, objective: Literal["examples"
         rule=ClientRule(begin=_begin, adjust=_adjust, finish=_finish),
         step=step,
         weighed=dict.fromkeys(("delta", "control"), objective == "examples"),
-        traits=frozenset({Trait.STEP_LEVEL, Trait.PLAIN_STEPS, Trait.STATEFUL, Trait.EXTRA_PARTS}),
+        traits=frozenset({Trait.STEP_LEVEL, Trait.PLAIN_STEPS, Trait.STATEFUL, Trait.EXTRA_PARTS, Trait.SERVER_STEP}),
     )
 
 

@@ -13,22 +13,28 @@ from pathlib import Path
 
 from hansa.core import tree as trees
 from hansa.core.config import Job
+from hansa.core.fit import Trait
 from hansa.core.ports import SERVER, Cohort, Peers, topic
 from hansa.core.strategy import Strategy
 from hansa.core.values import Absence, Plan, RoundRecord, Snapshot
+from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError
 from hansa.workflows.evaluate import TRAINING, add, evaluate
 from hansa.workflows.scatter_gather import sample, wanted
+
+
+def workflow() -> Workflow:
+    """Return cyclic weight transfer as a value."""
+    return Workflow("cyclic", frozenset({Trait.RELAYS}), cyclic)
 
 
 async def cyclic(
     job: Job,
     strategy: Strategy,
     cohort: Cohort,
+    peers: Peers,
     start: Snapshot,
     scratch: Path | None = None,
-    *,
-    peers: Peers,
 ) -> AsyncIterator[RoundRecord]:
     """Run rounds in which each site trains on from where the one before it stopped.
 

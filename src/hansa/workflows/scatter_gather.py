@@ -19,8 +19,18 @@ from hansa.core.ports import Cohort, Handle
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Layout
 from hansa.core.values import Absence, Aggregate, Plan, RoundRecord, Snapshot
+from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError, WireError
 from hansa.workflows.evaluate import TRAINING, Scores, evaluate
+
+
+def workflow() -> Workflow:
+    """Return scatter-gather as a value; it needs no peers."""
+    return Workflow(
+        "scatter-gather",
+        frozenset(),
+        lambda job, strategy, cohort, peers, start, scratch: scatter_gather(job, strategy, cohort, start, scratch),
+    )
 
 
 async def scatter_gather(
@@ -66,8 +76,8 @@ async def scatter_gather(
         yield await _record(job, cohort, now, plan, asked, gathered, scores, notes, time.perf_counter() - begun)
 
 
-def sample(sites: Sequence[str], amount: float, seed: int, round: int) -> tuple[str, ...]:
-    """Return the cohort of a round: a fraction of all sites, or a number above 1, drawn without replacement."""
+def sample(sites: Sequence[str], amount: int | float, seed: int, round: int) -> tuple[str, ...]:
+    """Return the cohort of a round: a fraction of all sites, or a number of them, drawn without replacement."""
     count = wanted(amount, len(sites))
     if count >= len(sites):
         return tuple(sorted(sites))
@@ -75,13 +85,13 @@ def sample(sites: Sequence[str], amount: float, seed: int, round: int) -> tuple[
     return tuple(sorted(sites[i] for i in chosen))
 
 
-def wanted(amount: float, total: int) -> int:
-    """Return how many ``amount`` means out of ``total``: a fraction up to 1, a number above.
+def wanted(amount: int | float, total: int) -> int:
+    """Return how many of ``total`` an amount means: a whole number is that many, a fraction is that share.
 
-    >>> wanted(0.5, 5), wanted(3, 5), wanted(1.0, 5)
-    (3, 3, 5)
+    >>> wanted(0.5, 5), wanted(3, 5), wanted(1.0, 5), wanted(1, 5)
+    (3, 3, 5, 1)
     """
-    return max(1, math.ceil(amount * total)) if amount <= 1 else int(amount)
+    return amount if isinstance(amount, int) else max(1, math.ceil(amount * total))
 
 
 @dataclass
