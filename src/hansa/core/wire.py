@@ -208,7 +208,7 @@ def _meta(envelope: Envelope, kind: str, shape: type[Any]) -> Any:
         raise WireError(f"The {kind}'s metadata are malformed: {error}.") from None
 
 
-_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class _UpdateMeta(msgspec.Struct, forbid_unknown_fields=True):
