@@ -39,27 +39,29 @@ def perform(
     if plan.task == "evaluate":
         sums = program.evaluate(site, plan)
         return _evaluated(plan, site, sums, time.perf_counter() - begun), memory, plan.params
-    rule = strategy.rule
-    context = rule.begin(plan.params, plan.parts, memory.get(STRATEGY, {}))
-    correction = Correction(context, rule.adjust) if rule.adjust else None
+    context = begin(strategy, plan, memory)
+    correction = Correction(context, strategy.rule.adjust) if strategy.rule.adjust else None
     work = program.train(site, plan, correction)
-    _check(work, plan, site)
-    parts, kept = rule.finish(context, plan.params, work.params, work.steps)
-    update, memory = _finished(strategy, pieces, plan, site, work, parts, kept, memory)
+    update, memory = complete(strategy, pieces, plan, site, context, work, memory)
     return replace(update, seconds=time.perf_counter() - begun), memory, work.params
 
 
-def _finished(
-    strategy: Strategy,
-    pieces: Sequence[Filter],
-    plan: Plan,
-    site: str,
-    work: Work,
-    parts: Parts,
-    kept: Parts,
-    memory: Memory,
+def begin(strategy: Strategy, plan: Plan, memory: Memory) -> Parts:
+    """Return what the strategy's client half needs at every step."""
+    return strategy.rule.begin(plan.params, plan.parts, memory.get(STRATEGY, {}))
+
+
+def complete(
+    strategy: Strategy, pieces: Sequence[Filter], plan: Plan, site: str, context: Parts, work: Work, memory: Memory
 ) -> tuple[Update, Memory]:
-    """Turn finished local work into the update that is sent and the memory that is kept."""
+    """Turn finished local work into the update that is sent and the memory that is kept.
+
+    Raises:
+        NonFiniteError: the parameters or a metric became NaN or infinite; nothing is to be sent.
+        DataError: the site trained on nothing.
+    """
+    _check(work, plan, site)
+    parts, kept = strategy.rule.finish(context, plan.params, work.params, work.steps)
     update = Update(
         site=site,
         round=plan.round,

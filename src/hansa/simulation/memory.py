@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from hansa.client.work import Memory
 from hansa.core import wire
@@ -53,6 +56,76 @@ class MemoryStore:
                 number = entry.name.partition(".")[0]
                 if number.isdigit() and int(number) < min(keep_from or 0, round):
                     Path(entry.path).unlink(missing_ok=True)
+
+
+class MemoryPacks:
+    """What many small sites remember, a file for all sites of one chunk: ``course/packs/000003.FIRST..OWNER.hansa``.
+
+    The tensors of a file have a leading axis, a row a site, and its metadata name the sites. A file is deleted once
+    the server has accepted later work from every site in it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._accepted: dict[tuple[str, str], int] = {}
+
+    def load(self, course: str, accepted: Mapping[str, int]) -> dict[str, Memory]:
+        """Return what each site remembered after the round that ``accepted`` names for it."""
+        found: dict[str, dict[str, Parts]] = {}
+        for round in sorted(set(accepted.values())):
+            for path in sorted(self._folder(course).glob(f"{round:06d}.*.hansa")):
+                owner = path.name.removesuffix(".hansa").split("..", 1)[1]
+                with path.open("rb") as file:
+                    envelope = wire.read_envelope(file)
+                    rows = [(i, s) for i, s in enumerate(envelope.meta["sites"]) if accepted.get(s) == round]
+                    stacked = wire.read_parts(file, envelope) if rows else {}
+                for i, site in rows:
+                    own = {
+                        part: {name: leaf[i].copy() for name, leaf in tree.items()} for part, tree in stacked.items()
+                    }
+                    found.setdefault(site, {})[owner] = own
+        return dict(found)
+
+    def save(self, course: str, round: int, memories: Mapping[str, Memory], accepted: Mapping[str, int]) -> None:
+        """Write what the sites of one chunk remember after ``round``, and forget what is no longer needed.
+
+        Raises:
+            StorageError: the disk is full or the folder can't be written.
+        """
+        folder = self._folder(course)
+        try:
+            for owner in sorted({owner for memory in memories.values() for owner in memory}):
+                sites = [site for site, memory in memories.items() if owner in memory]
+                each = [memories[site][owner] for site in sites]
+                stacked = {
+                    part: {name: np.stack([parts[part][name] for parts in each]) for name in tree}
+                    for part, tree in each[0].items()
+                }
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"{round:06d}.{sites[0]}..{owner}.hansa"
+                temporary = path.with_suffix(".tmp")
+                with temporary.open("wb") as file:
+                    wire.write(file, "memory", {"round": round, "sites": sites}, stacked)
+                temporary.replace(path)
+        except OSError as error:
+            raise StorageError(
+                f"Can't write the sites' memories to {folder}: {error.strerror}.", round=round
+            ) from error
+        self._accepted.update({(course, site): number for site, number in accepted.items()})
+
+    def forget(self, course: str) -> None:
+        """Delete every file of which all sites have had later work accepted."""
+        for path in sorted(self._folder(course).glob("*.hansa")):
+            round = int(path.name.partition(".")[0])
+            if round >= max(self._accepted.values(), default=0):
+                continue
+            with path.open("rb") as file:
+                sites = wire.read_envelope(file).meta["sites"]
+            if all(self._accepted.get((course, site), round) > round for site in sites):
+                path.unlink(missing_ok=True)
+
+    def _folder(self, course: str) -> Path:
+        return self._directory / course / "packs"
 
 
 class Mailboxes:
