@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,12 +27,10 @@ from hansa import registry
 from hansa.core.config import Job
 from hansa.core.ports import Program
 from hansa.errors import DataError, JobError, ModelError
-from hansa.recipes import data, pretrained
+from hansa.recipes import data, pretrained, tokenizers
+from hansa.recipes.batching import IGNORED, padded
 from hansa.recipes.finetune import Batch, Examples, FineTune
 from hansa.recipes.tables import Table, TextRows
-
-IGNORED = -100
-"""The target of positions that carry no loss."""
 
 MAX_LOSS = 700.0
 """Perplexity is exp(loss), cut off here, where it would overflow."""
@@ -109,8 +106,11 @@ class CausalLM:
         return {}
 
     def processor(self, job: Job) -> Any:
-        """Return the tokenizer."""
-        return pretrained.load_tokenizer(job)
+        """Return the tokenizer, with a plain chat template if it has none."""
+        tokenizer = pretrained.load_tokenizer(job)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = tokenizers.PLAIN_CHAT
+        return tokenizer
 
     def load(self, job: Job, processor: Any) -> tuple[nn.Module, list[str]]:
         """Return the model, its vocabulary and length checked."""
@@ -135,22 +135,23 @@ class CausalLM:
         found = [self._masked(text, spans, processor, special=self.form == "pair") for text, spans in rows]
         return [example for example in found if (example.targets != IGNORED).any()]
 
+    def size(self, example: Example) -> int:
+        """Return the number of tokens."""
+        return len(example.ids)
+
     def num_trained(self, examples: Examples) -> float:
         """Return the number of tokens that carry a loss."""
         return float(sum(int((example.targets != IGNORED).sum()) for example in examples))
 
     def batch(self, examples: Examples, processor: Any) -> Batch:
         """Stack examples, padded on the right; a mask only where there is padding."""
-        length = max(len(example.ids) for example in examples)
-        ids = np.full((len(examples), length), processor.pad_token_id, np.int64)
-        targets = np.full((len(examples), length), IGNORED, np.int64)
-        mask = np.zeros((len(examples), length), np.int64)
-        for row, example in enumerate(examples):
-            ids[row, : len(example.ids)] = example.ids
-            targets[row, : len(example.ids)] = example.targets
-            mask[row, : len(example.ids)] = 1
-        batch = {"input_ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
-        return batch if mask.all() else {**batch, "attention_mask": torch.from_numpy(mask)}
+        batch = {
+            "input_ids": padded([example.ids for example in examples], processor.pad_token_id),
+            "targets": padded([example.targets for example in examples], IGNORED),
+        }
+        if len({len(example.ids) for example in examples}) == 1:
+            return batch
+        return {**batch, "attention_mask": padded([np.ones_like(example.ids) for example in examples], 0)}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the mean negative log-likelihood of the batch's targets."""

@@ -82,6 +82,10 @@ class Task(Protocol):
         """Turn rows into what batches are made of."""
         ...
 
+    def size(self, example: Any) -> int:
+        """Return an example's length; held-out examples are judged in its order, so that little is padded."""
+        ...
+
     def num_trained(self, examples: Examples) -> float:
         """Return n, what an update from these examples is weighed by."""
         ...
@@ -283,7 +287,7 @@ class FineTune:
             train, test = (self._task.examples(table, self._processor) for table in (split.train, split.test))
             if not len(train):
                 raise DataError("The site's rows give no examples to train on: they hold no text.", site=site)
-            self._sites[site] = _Site(train, test)
+            self._sites[site] = _Site(train, sorted(test, key=self._task.size))
         return self._sites[site]
 
     def _batch(self, examples: Examples) -> dict[str, Tensor]:

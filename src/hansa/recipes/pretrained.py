@@ -116,8 +116,12 @@ def explained(base: Base, what: str) -> Iterator[None]:
         raise ModelError(f"The {what} {base.where!r} can't be loaded: {reason} {advice}") from error
 
 
-def load_tokenizer(job: Job) -> Any:
-    """Return the job's tokenizer, with a padding token and a chat template.
+def load_tokenizer(job: Job, **options: Any) -> Any:
+    """Return the job's tokenizer, with a padding token.
+
+    Args:
+        job: the job.
+        options: what ``from_pretrained`` is told beside.
 
     Raises:
         ModelError: there is none, or it can't be loaded.
@@ -131,7 +135,7 @@ def load_tokenizer(job: Job) -> Any:
     else:
         base = locate(job, name)
         with explained(base, "tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(base.where, **base.options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base.where, **base.options, **options)
     if not tokenizer.is_fast:
         raise ModelError(
             f"The tokenizer {name!r} gives no offsets (it is not a 'fast' one). Use one with tokenizer.json."
@@ -140,8 +144,6 @@ def load_tokenizer(job: Job) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ModelError(f"The tokenizer {name!r} has no padding, end or unknown token, so texts can't be batched.")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = tokenizers.PLAIN_CHAT
     return tokenizer
 
 

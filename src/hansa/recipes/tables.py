@@ -107,6 +107,10 @@ class Table:
         place = f"row {row + 1}" if lines is None else f"line {lines[row]}"
         return f"{self.inputs[source].path}, {place}"
 
+    def folder(self, index: int) -> Path:
+        """Return the folder that a row's file lies in, which paths in the row are relative to."""
+        return Path(self.inputs[self.rows[index, 0]].path).parent
+
     def column(self, name: str) -> list[Any]:
         """Return one value a row of the column that ``name``, a role or a column, stands for.
 
@@ -322,7 +326,10 @@ def _images(path: Path) -> Source:
         raise DataError(
             f"{path} holds no images. Put each image in a folder named after its label: {path.name}/LABEL/x.png."
         )
-    columns: dict[str, Sequence[Any]] = {"image": files, "label": [file.parent.name for file in files]}
+    columns: dict[str, Sequence[Any]] = {
+        "image": [file.absolute() for file in files],
+        "label": [file.parent.name for file in files],
+    }
     return replace(_listed_source(path, columns), stem=path.name)
 
 
