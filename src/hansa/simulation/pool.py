@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker processes and who gets one next: started afresh, never forked, replaced when they die.
+
+| case | result |
+|---|---|
+| a site waits | it gets a worker that served it before, if one is free; a new site goes before one at home elsewhere |
+| three workers in a row end before they are ready | no more are started; what waits is refused with the cause |
+| sites wait, and overdue ones hold all places | the longest overdue is ended: at once where late updates are
+  discarded, else after ``PATIENCE`` more deadlines |
+| the program trains out of sight (OPAQUE_STEPS) | a site never changes its worker, because its state may live there |
+| the engine's process is killed | the socket closes, and every worker ends with all it started |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from hansa.core.config import Job
+from hansa.core.fit import Trait
+from hansa.errors import HansaError, SiteError
+from hansa.simulation.messages import FROM_WORKER, LENGTH, Answer, Close, Failed, Ready, Start, Summarise, Work, frame
+from hansa.simulation.shares import Devices, Machine, Share
+
+PATIENCE = 4
+"""How many more deadlines an overdue site keeps its place while others wait, if late updates are accepted."""
+
+MAX_FAILED_STARTS = 3
+
+_CLOSE_S = 8.0
+_EXIT_S = 1.0
+_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from hansa.simulation.worker import main; main(int(sys.argv[1]))"
+)
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+class WorkerEndedError(SiteError):
+    """A worker ended before it answered; the message says how."""
+
+
+class Worker:
+    """One process and the engine's end of its socket."""
+
+    def __init__(self, slot: int, devices: Devices, threads: int, log: Path) -> None:
+        self.slot = slot
+        self.devices = devices
+        self.ready = False
+        self.place: Place | None = None
+        self.served: set[str] = set()
+        self.own: dict[Waiter, None] = {}
+        self.started = False
+        self.ending: str | None = None
+        self.failure: Exception | None = None
+        self.serving: asyncio.Task[None] | None = None
+        self._log = log
+        self._tickets = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[Answer]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self.connection, theirs = socket.socketpair()
+        environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        with theirs, log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _CODE, str(theirs.fileno()), json.dumps(_search_path())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def idle(self) -> bool:
+        """Whether it could start something now."""
+        return self.ready and self.place is None and self.ending is None
+
+    def ticket(self) -> int:
+        """Return a new number for a request."""
+        return next(self._tickets)
+
+    def call(self, request: Work | Summarise) -> asyncio.Future[Answer]:
+        """Send a request; the future is its answer, or WorkerEndedError."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._answers[request.ticket] = answer
+        self.send(request)
+        return answer
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send a message; one to a worker that has ended is lost, and its end is noticed by the reader."""
+        assert self._writer is not None
+        self._writer.write(frame(message))
+
+    async def serve(self, start: Start, on_ready: Callable[[Ready], None]) -> None:
+        """Read what the worker says until it ends, and see to it that it has ended with all it started."""
+        reader, self._writer = await asyncio.open_connection(sock=self.connection)
+        try:
+            self.send(start)
+            while True:
+                message = FROM_WORKER.decode(await self._read(reader))
+                if isinstance(message, Ready):
+                    self.ready = self.started = True
+                    on_ready(message)
+                elif isinstance(message, Failed) and message.ticket == 0:
+                    self.failure = message.as_error()
+                else:
+                    answer = self._answers.pop(message.ticket)
+                    if not answer.done():
+                        answer.set_result(message)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except msgspec.MsgspecError as error:
+            self.ending = f"its worker sent a malformed answer ({error})"
+        finally:
+            self.ready = False
+            self._writer.close()
+            code = await asyncio.to_thread(self._reap)
+            self._give_up(code)
+
+    async def _read(self, reader: asyncio.StreamReader) -> bytes:
+        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+        return await reader.readexactly(length)
+
+    def _reap(self) -> int:
+        """Wait for the process, and kill it, and whatever is left of what it started."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_EXIT_S)
+        self._kill_group()
+        return self.process.wait()
+
+    def kill(self, reason: str) -> None:
+        """End the process and all it started at once; what it was doing is lost for ``reason``."""
+        self.ending = self.ending or reason
+        if self.process.returncode is None:
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _give_up(self, code: int) -> None:
+        if self.failure is None:
+            self.failure = WorkerEndedError(self.ending or f"{_cause(code)} (its output is in {self._log})")
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(self.failure)
+        self._answers.clear()
+
+
+def _search_path() -> list[str]:
+    return [entry or str(Path.cwd()) for entry in sys.path]
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"its worker exited with code {code}"
+    name = signal.Signals(-code).name
+    why = {
+        "SIGKILL": "from outside, or by the system for want of memory",
+        "SIGSEGV": "it crashed in native code",
+        "SIGBUS": "it crashed in native code, or a mapped file shrank",
+        "SIGABRT": "it crashed in native code",
+    }.get(name)
+    return f"its worker was ended by {name}" + (f": {why}" if why else "")
+
+
+class Place:
+    """A worker and a share of the machine, held by one site."""
+
+    def __init__(self, worker: Worker, share: Share) -> None:
+        self.worker = worker
+        self.share = share
+        self.evict_at: float | None = None
+
+
+class Waiter:
+    """Something that waits for a place. ``start`` is called with it, or ``refuse`` with the reason."""
+
+    def __init__(
+        self,
+        site: str | None,
+        share: Share,
+        slot: int | None,
+        start: Callable[[Place], object],
+        refuse: Callable[[HansaError], object],
+    ) -> None:
+        self.site = site
+        self.share = share
+        self.slot = slot
+        self.start = start
+        self.refuse = refuse
+
+
+class Pool:
+    """The workers of one job."""
+
+    def __init__(self, job: Job, directory: Path, machine: Machine) -> None:
+        self._job = job
+        self._directory = directory
+        self._machine = machine
+        self.workers: list[Worker] = []
+        self._retired: list[Worker] = []
+        self._waiting: dict[Waiter, None] = {}
+        self._fresh: dict[Waiter, None] = {}
+        self._limit = 1
+        self._slots: dict[str, int] = {}
+        self._failed_starts = 0
+        self._failure: Exception | None = None
+        self._closing = False
+        self._news = asyncio.Event()
+        self._first: Ready | None = None
+
+    async def open(self) -> tuple[Sequence[str], frozenset[Trait]]:
+        """Start the first worker and return the program's sites and traits; the other workers follow."""
+        first = next((self._machine.share(site) for site in sorted(self._job.engine.sites)), self._machine.share(None))
+        worker = self._start(self._machine.devices(first), 0)
+        while self._first is None:
+            if isinstance(self._failure, WorkerEndedError):
+                raise WorkerEndedError(
+                    f"The program could not be started: {self._failure.message}.", job=self._job.name
+                )
+            if self._failure is not None:
+                raise self._failure
+            await self._next_news()
+        sites = tuple(sorted(self._first.sites))
+        traits = frozenset(Trait[name] for name in self._first.traits)
+        self._limit = min(self._job.engine.workers or self._machine.room(), max(1, len(sites)))
+        if Trait.OPAQUE_STEPS in traits:
+            self._slots = {site: i % self._limit for i, site in enumerate(sites)}
+        if worker.devices is None:
+            for slot in range(1, self._limit):
+                self._start(None, slot)
+        return sites, traits
+
+    async def close(self) -> None:
+        """End every worker: idle ones close their program first, others are killed."""
+        self._closing = True
+        everyone = [*self.workers, *self._retired]
+        for worker in self.workers:
+            if worker.idle:
+                worker.send(Close())
+            else:
+                worker.kill("the run was stopped")
+        try:
+            if everyone:
+                await asyncio.wait([w.serving for w in everyone if w.serving], timeout=_CLOSE_S)
+        finally:
+            for worker in everyone:
+                worker.kill("the run was stopped")
+        await asyncio.gather(*(w.serving for w in everyone if w.serving))
+
+    def submit(
+        self, site: str | None, start: Callable[[Place], object], refuse: Callable[[HansaError], object]
+    ) -> Waiter:
+        """Queue for a place; ``start`` gets it, or ``refuse`` the reason why there is none."""
+        waiter = Waiter(site, self._machine.share(site), self._slots.get(site) if site else None, start, refuse)
+        self._waiting[waiter] = None
+        homes = [worker for worker in self.workers if site in worker.served]
+        for worker in homes:
+            worker.own[waiter] = None
+        if not homes:
+            self._fresh[waiter] = None
+        self._pump()
+        if not self.workers:
+            self._refuse_all()
+        return waiter
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Leave the queue; nothing happens if the place was given already."""
+        self._waiting.pop(waiter, None)
+        self._fresh.pop(waiter, None)
+        for worker in self.workers:
+            worker.own.pop(waiter, None)
+
+    def leave(self, place: Place) -> None:
+        """Give a place back."""
+        place.worker.place = None
+        self._machine.give(place.share, place.worker.devices)
+        self._pump()
+
+    def overdue(self, place: Place, deadline_s: float) -> None:
+        """Note that what runs in ``place`` has missed its deadline."""
+        patience = 0.0 if self._job.cohort.late == "discard" else PATIENCE * deadline_s
+        place.evict_at = time.monotonic() + patience
+        self._pump()
+
+    async def any_worker(self) -> Worker:
+        """Return a worker that is ready, an idle one if there is one."""
+        while True:
+            ready = [worker for worker in self.workers if worker.ready]
+            if ready:
+                return min(ready, key=lambda worker: not worker.idle)
+            if not self.workers and self._failure is not None:
+                raise self._failure
+            await self._next_news()
+
+    async def _next_news(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+    def _pump(self) -> None:
+        """Give places to those who wait, as far as shares and workers go round."""
+        if self._closing:
+            return
+        for worker in self.workers:
+            waiter = self._choose(worker) if worker.idle else None
+            if waiter is not None:
+                self.withdraw(waiter)
+                self._machine.take(waiter.share, worker.devices)
+                worker.place = Place(worker, waiter.share)
+                if waiter.site:
+                    worker.served.add(waiter.site)
+                waiter.start(worker.place)
+        self._grow()
+        self._evict()
+
+    def _choose(self, worker: Worker) -> Waiter | None:
+        for queue in (worker.own, self._fresh, reversed(self._waiting)):
+            for waiter in queue:
+                if waiter.slot in (None, worker.slot) and self._machine.fits(waiter.share, worker.devices):
+                    return waiter
+        return None
+
+    def _grow(self) -> None:
+        """Start workers for those who wait although their share is free, in place of idle ones if need be."""
+        for waiter in self._waiting:
+            idle = [worker for worker in self.workers if worker.idle]
+            if self._failed_starts >= MAX_FAILED_STARTS or (len(self.workers) >= self._limit and not idle):
+                return
+            devices = self._machine.devices(waiter.share, [worker.devices for worker in self.workers])
+            slot = self._free_slot() if waiter.slot is None else waiter.slot
+            coming = (w for w in self.workers if not w.ready and w.devices == devices)
+            if not self._machine.fits(waiter.share, devices) or any(waiter.slot in (None, w.slot) for w in coming):
+                continue
+            there = [worker for worker in self.workers if worker.slot == slot]
+            if there or len(self.workers) >= self._limit:
+                unfit = next((worker for worker in idle if not there or worker in there), None)
+                if unfit is None:
+                    continue
+                slot = unfit.slot
+                self._retire(unfit)
+            self._start(devices, slot)
+
+    def _free_slot(self) -> int:
+        taken = {worker.slot for worker in self.workers}
+        return next(slot for slot in itertools.count() if slot not in taken)
+
+    def _start(self, devices: Devices, slot: int) -> Worker:
+        worker = Worker(slot, devices, self._job.engine.threads, self._directory / "workers.log")
+        self.workers.append(worker)
+        start = Start(self._job.to_json(), str(self._directory.absolute()))
+        worker.serving = asyncio.create_task(worker.serve(start, self._on_ready))
+        worker.serving.add_done_callback(lambda _: self._on_end(worker))
+        return worker
+
+    def _on_ready(self, ready: Ready) -> None:
+        self._failed_starts = 0
+        self._first = self._first or ready
+        self._news.set()
+        self._pump()
+
+    def _on_end(self, worker: Worker) -> None:
+        self._news.set()
+        if worker in self._retired:
+            self._retired.remove(worker)
+            return
+        self.workers.remove(worker)
+        if self._closing:
+            return
+        if not worker.started:
+            self._failed_starts += 1
+        self._failure = worker.failure
+        if self._first is None or self._failed_starts >= MAX_FAILED_STARTS:
+            if not self.workers:
+                self._refuse_all()
+            return
+        self._start(worker.devices, worker.slot)
+        self._pump()
+
+    def _refuse_all(self) -> None:
+        cause = self._failure.message if isinstance(self._failure, HansaError) else str(self._failure)
+        for waiter in list(self._waiting):
+            self.withdraw(waiter)
+            waiter.refuse(WorkerEndedError(f"no worker can be started any more: {cause}", job=self._job.name))
+
+    def _retire(self, worker: Worker) -> None:
+        """End an idle worker to make room for another."""
+        self.workers.remove(worker)
+        self._retired.append(worker)
+        worker.ending = "its place was needed"
+        worker.send(Close())
+
+    def _evict(self) -> None:
+        """End the longest overdue, if others wait and nothing but overdue work holds the machine."""
+        busy = [worker.place for worker in self.workers if worker.place is not None]
+        if not self._waiting or not busy or any(not worker.ready for worker in self.workers):
+            return
+        ends = [(place.evict_at, place.worker) for place in busy if place.evict_at is not None]
+        if len(ends) < len(busy):
+            return
+        when, worker = min(ends, key=lambda end: end[0])
+        if when <= time.monotonic():
+            worker.kill("its time was up long ago, and other sites were waiting for its place")
+        else:
+            asyncio.get_running_loop().call_later(when - time.monotonic() + 0.01, self._pump)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A warm worker of the ``processes`` engine: it builds the program once, then carries plans out at sites.
+
+A thread of its own listens, so a worker that trains still computes metrics for the engine, and ends with its
+whole process group when the engine is gone, a killed engine included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from hansa import registry
+from hansa.core import wire
+from hansa.core.config import Choice, Job, parse
+from hansa.core.ports import Program
+from hansa.core.values import Absence, Plan
+from hansa.errors import HansaError
+from hansa.simulation.engine import Course, SiteRunner, pin_threads
+from hansa.simulation.messages import (
+    LENGTH,
+    TO_WORKER,
+    Absent,
+    Answer,
+    Answered,
+    Close,
+    Done,
+    Export,
+    Initial,
+    Inspect,
+    Inspected,
+    Metrics,
+    Perform,
+    Ready,
+    Start,
+    Summarise,
+    Work,
+    failed,
+    frame,
+)
+
+
+class _Line:
+    """The worker's end of the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._file = connection.makefile("rb")
+        self._lock = threading.Lock()
+
+    def receive(self) -> Start | Work | Summarise | Close | None:
+        """Return the next message, or None when the engine is gone."""
+        head = self._file.read(LENGTH.size)
+        if len(head) < LENGTH.size:
+            return None
+        body = self._file.read(LENGTH.unpack(head)[0])
+        return TO_WORKER.decode(body)
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send ``message``; threads take turns."""
+        with self._lock:
+            self._connection.sendall(frame(message))
+
+
+class _Worker:
+    """The program, and how each request is answered."""
+
+    def __init__(self, program: Program, directory: Path) -> None:
+        self.program = program
+        self._runner = SiteRunner(program, directory)
+        self._plan: tuple[str, Plan] | None = None
+
+    def answer(self, request: Work | Summarise) -> Answer:
+        """Do what is asked; every error is an answer."""
+        try:
+            match request:
+                case Perform():
+                    return self._perform(request)
+                case Initial():
+                    pin_threads(request.threads)
+                    with Path(request.out).open("wb") as file:
+                        wire.write(file, "parameters", {}, {"params": self.program.initial()})
+                case Inspect():
+                    pin_threads(request.threads)
+                    report = self.program.inspect(request.site)
+                    return Inspected(request.ticket, dict(report.counts), dict(report.labels))
+                case Export():
+                    pin_threads(request.threads)
+                    with Path(request.params).open("rb") as file:
+                        params = wire.read_parts(file, wire.read_envelope(file))["params"]
+                    self.program.export(params, Path(request.directory))
+                case Summarise():
+                    return Metrics(request.ticket, self.program.summarise(request.sums))
+        except Exception as error:  # noqa: BLE001 - the engine decides what an error of a program means
+            return failed(request.ticket, error)
+        return Done(request.ticket)
+
+    def _perform(self, request: Perform) -> Answer:
+        pin_threads(request.threads)
+        form = request.course
+        course = Course(
+            form.name,
+            (),
+            Choice.model_validate(form.strategy),
+            tuple(Choice.model_validate(item) for item in form.filters),
+        )
+        reply = self._runner.run(course, self._read(request.plan), request.site)
+        if isinstance(reply, Absence):
+            return Absent(request.ticket, reply.kind, reply.reason)
+        if reply.parts:
+            try:
+                wire.spool(reply, Path(request.out))
+            except HansaError as error:
+                return Absent(request.ticket, "lost", error.message)
+        try:
+            metrics = self.program.summarise(reply.sums)
+        except Exception:  # noqa: BLE001 - asked for these sums again, the engine gets the error itself
+            metrics = None
+        return Answered(
+            request.ticket,
+            reply.site,
+            reply.round,
+            reply.version,
+            reply.weight,
+            dict(reply.sums),
+            reply.completed,
+            reply.seconds,
+            bool(reply.parts),
+            metrics,
+        )
+
+    def _read(self, path: str) -> Plan:
+        """Return the plan in a file; the last one is kept, as many sites get the same."""
+        if self._plan is None or self._plan[0] != path:
+            self._plan = None
+            with Path(path).open("rb") as file:
+                self._plan = (path, wire.read_plan(file))
+        return self._plan[1]
+
+
+def _listen(line: _Line, tasks: queue.SimpleQueue[Work | None], worker: Callable[[], _Worker | None]) -> None:
+    while True:
+        message = line.receive()
+        match message:
+            case None:
+                _end_group()
+            case Close():
+                tasks.put(None)
+            case Summarise():
+                ready = worker()
+                assert ready is not None, "the engine asks after Ready"
+                line.send(ready.answer(message))
+            case Start():
+                raise AssertionError("a worker starts once")
+            case _:
+                tasks.put(message)
+
+
+def _end_group() -> None:
+    """End this process and all it started, at once: the engine that they worked for is gone."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)
+
+
+def main(descriptor: int) -> None:
+    """Serve the engine at the other end of the socket ``descriptor`` until it closes."""
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    line = _Line(socket.socket(fileno=descriptor))
+    start = line.receive()
+    if not isinstance(start, Start):
+        return
+    worker: _Worker | None = None
+    tasks: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(line, tasks, lambda: worker), daemon=True).start()
+    try:
+        job = parse(json.loads(start.job))
+        worker = _build(job, Path(start.directory))
+    except Exception as error:  # noqa: BLE001 - the engine raises it where the user sees it
+        line.send(failed(0, error))
+        return
+    program = worker.program
+    line.send(Ready(sorted(program.sites), [trait.name for trait in program.traits]))
+    while (task := tasks.get()) is not None:
+        line.send(worker.answer(task))
+    with contextlib.closing(program):
+        sys.stdout.flush()
+
+
+def _build(job: Job, directory: Path) -> _Worker:
+    program: Program = registry.load("recipes", job.recipe.name)(job)
+    pin_threads(job.engine.threads)
+    return _Worker(program, directory)
