@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format
+.PHONY: help setup quickstart test check format schema
 
 help:
 	@echo "make setup       make .venv with everything that running and testing Hansa needs"
@@ -14,6 +14,7 @@ help:
 	@echo "make test        set up, then run the tests"
 	@echo "make check       set up, then run formatter, linter, strict type checker and import-linter"
 	@echo "make format      set up, then format and mend what the linter can"
+	@echo "make schema      set up, then write docs/job.schema.json from the job's model"
 
 setup: .venv/.ready
 
@@ -40,3 +41,7 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+schema: setup
+	$(BIN)/python -c 'import json; from hansa.core import config; print(json.dumps(config.schema(), indent=2))' \
+		> docs/job.schema.json

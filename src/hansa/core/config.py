@@ -279,10 +279,10 @@ def _problems(error: pydantic.ValidationError, values: Mapping[str, Any]) -> lis
             message = f"unknown key.{_suggestion(location)}"
         elif item["type"] == "missing":
             message = "this key is needed."
-        elif item["type"] == "model_type":
-            message = "a table of settings is needed here."
         else:
             message = item["msg"].removeprefix("Value error, ").removesuffix(".")
+            if item["type"] == "model_type":
+                message = "a table of settings is needed here"
             shown = repr(item["input"])
             got[where] = f" (got {shown if len(shown) <= 80 else shown[:80] + '...'})."
         found.setdefault(where, []).append(message)
