@@ -197,6 +197,9 @@ class Absence:
 
 RECORD_FORMAT = 1
 
+TRAINING = "train_"
+"""How the names of metrics of local training begin in a record; all others are of held-out data."""
+
 
 @dataclass(frozen=True)
 class RoundRecord:

@@ -17,6 +17,7 @@ from hansa.core.config import Choice, CohortSection, EvaluationSection, Job
 from hansa.core.ports import EVERYONE
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Snapshot
+from hansa.errors import QuorumError, SiteError
 from hansa.simulation.engine import Course, Engine
 from hansa.simulation.progress import Progress
 from hansa.workflows.evaluate import Scores, evaluate, scores_of
@@ -45,8 +46,11 @@ class Baselines:
     done: Mapping[str, Scores]
     save: Save
 
-    async def run(self, progress: Progress) -> None:
-        """Train and judge whatever the job asks for and is not done yet."""
+    async def run(self, progress: Progress) -> dict[str, str]:
+        """Train and judge whatever the job asks for and is not done yet; return why some could not be, by name.
+
+        A site that can't train alone (its loss becomes NaN, say) is no reason to lose the federated model.
+        """
         wanted = self.job.baselines
         todo: list[tuple[str, Callable[[], Awaitable[Scores]]]] = []
         if wanted.base:
@@ -60,15 +64,23 @@ class Baselines:
                 todo.append((name, lambda n=name, s=site: self._train(n, s, self.job.rounds, progress)))  # type: ignore[misc]
         open_ones = [(name, work) for name, work in todo if name not in self.done]
         progress.stage("baselines", sum(self._length(name) for name, _ in open_ones))
-        await asyncio.gather(*(self._finish(name, work) for name, work in open_ones))
+        failed: dict[str, str] = {}
+        await asyncio.gather(*(self._finish(name, work, failed, progress) for name, work in open_ones))
+        return dict(sorted(failed.items()))
 
     def _length(self, name: str) -> int:
         if name == "base":
             return 0
         return self.job.rounds * (len(self.engine.sites) if name == "central" else 1)
 
-    async def _finish(self, name: str, work: Callable[[], Awaitable[Scores]]) -> None:
-        self.save(name, await work())
+    async def _finish(
+        self, name: str, work: Callable[[], Awaitable[Scores]], failed: dict[str, str], progress: Progress
+    ) -> None:
+        try:
+            self.save(name, await work())
+        except (QuorumError, SiteError) as error:
+            failed[name] = error.message
+            progress.say(f"The baseline {name} could not be made: {error.message}")
 
     async def _judge(self, name: str, model: Model) -> Scores:
         cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), Choice(name="fedavg")))

@@ -6,6 +6,7 @@
       run.json            id, state (running, finished, failed, interrupted), times, versions, error
       metrics.jsonl       one record a round;  metrics.csv the same as rows;  tensorboard/ if asked for
       checkpoints/        what --resume goes on from
+      sites.json          counts and label histograms of the sites
       baselines.json      scores of finished baselines
       model/ adapter/     the result, as its library saves it
       report.json report.html
@@ -40,13 +41,14 @@ from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
 from hansa.core.values import Model, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
-from hansa.errors import DataError, HansaError, InterruptedRunError, JobError, StorageError, nearest
+from hansa.errors import DataError, HansaError, InterruptedRunError, JobError, MissingExtraError, StorageError, nearest
 from hansa.simulation.baselines import Baselines
 from hansa.simulation.engine import Course, Engine, inspect_all
 from hansa.simulation.engines import open_engine
 from hansa.simulation.progress import Progress, Silent, Watched
 from hansa.sinks.checkpoint import Checkpoints, early_stop
 from hansa.sinks.metrics import Csv, JsonLines, read_records
+from hansa.sinks.report import write as write_report
 from hansa.workflows.evaluate import Scores, scores_of
 
 FORMAT = 1
@@ -86,14 +88,54 @@ class Run:
         return dict(storage.read_json(self.directory / "run.json"))
 
     @property
+    def state(self) -> str:
+        """What became of it: running, finished, failed, interrupted, or killed (it can't have said so itself)."""
+        state = str(self.status["state"])
+        return "killed" if state == "running" and not self._locked else state
+
+    @property
+    def _locked(self) -> bool:
+        try:
+            with (self.directory / ".lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @property
     def records(self) -> list[dict[str, Any]]:
         """The records of all finished rounds."""
         return read_records(self.directory / "metrics.jsonl")
 
     @property
     def report(self) -> dict[str, Any]:
-        """The report, once the run is finished."""
-        return dict(storage.read_json(self.directory / "report.json"))
+        """The report; of a run that is not finished, what is known so far (``model`` is None)."""
+        path = self.directory / "report.json"
+        return dict(storage.read_json(path)) if path.exists() else self._report_so_far()
+
+    def _report_so_far(self) -> dict[str, Any]:
+        stored = {
+            name: storage.read_json(path) if path.exists() else empty
+            for name, empty in (("sites", []), ("baselines", {}))
+            for path in (self.directory / f"{name}.json",)
+        }
+        return {
+            "format": FORMAT,
+            "run": self.id,
+            "job": self.job.model_dump(mode="json"),
+            "hansa": self.status["hansa"],
+            "platform": platform.platform(),
+            "created": _now(),
+            "seconds": sum(record["seconds"] for record in self.records),
+            "sites": stored["sites"],
+            "rounds": self.records,
+            "model": None,
+            "baselines": stored["baselines"],
+            "failed_baselines": {},
+            "samples": [],
+        }
 
     @property
     def model_directory(self) -> Path:
@@ -105,8 +147,25 @@ def list_runs(folder: Path) -> list[Run]:
     """Return the runs in ``folder``, oldest first."""
     if not folder.is_dir():
         return []
-    runs = [Run(path) for path in folder.iterdir() if (path / "run.json").exists()]
+    runs = [Run(path) for path in folder.iterdir() if is_run(path)]
     return sorted(runs, key=lambda run: (run.status["started"], run.id))
+
+
+def is_run(path: Path) -> bool:
+    """Say whether a run is at ``path``."""
+    return (path / "run.json").exists()
+
+
+def last_unfinished(folder: Path) -> Run:
+    """Return the run in ``folder`` that was begun last of those that can go on.
+
+    Raises:
+        JobError: there is none.
+    """
+    open_ones = [run for run in list_runs(folder) if run.state not in ("finished", "running")]
+    if not open_ones:
+        raise JobError(f"There is no unfinished run in {folder}. `hansa runs` lists the runs.")
+    return open_ones[-1]
 
 
 def find_run(folder: Path, name: str) -> Run:
@@ -116,7 +175,7 @@ def find_run(folder: Path, name: str) -> Run:
         JobError: there is none; the nearest name is suggested.
     """
     for path in (Path(name), folder / name):
-        if (path / "run.json").exists():
+        if is_run(path):
             return Run(path)
     known = [run.id for run in list_runs(folder)]
     raise JobError(f"There is no run {name!r} in {folder}.{nearest(name, known) or ' `hansa runs` lists them.'}")
@@ -197,9 +256,9 @@ class _Carrier:
         initial = await self._initial()
         last = await self._train(strategy, initial)
         chosen = self._chosen(last)
-        scores = await self._baselines(initial)
+        scores, failed = await self._baselines(initial)
         seconds = time.perf_counter() - self._begun
-        await self._finish(chosen, initial, sites, scores, seconds)
+        await self._finish(chosen, initial, sites, scores, failed, seconds)
 
     async def _inspect(self) -> list[SiteReport]:
         self._progress.stage("checking the sites' data", 0)
@@ -212,6 +271,7 @@ class _Carrier:
             ) from first
         if not reports:
             raise DataError("The job has no sites. Check data.train and partition.", job=self._job.name)
+        storage.write_json(self._directory / "sites.json", [asdict(report) for report in reports])
         return reports
 
     async def _initial(self) -> Tree:
@@ -268,7 +328,7 @@ class _Carrier:
             return self._checkpoints.load(best["round"]) or last
         return last
 
-    async def _baselines(self, initial: Tree) -> dict[str, Scores]:
+    async def _baselines(self, initial: Tree) -> tuple[dict[str, Scores], dict[str, str]]:
         path = self._directory / "baselines.json"
         stored = storage.read_json(path) if path.exists() else {}
         done = {name: Scores(entry["overall"], entry["by_site"]) for name, entry in stored.items()}
@@ -277,8 +337,9 @@ class _Carrier:
             done[name] = scores
             storage.write_json(path, {n: {"overall": s.overall, "by_site": s.by_site} for n, s in sorted(done.items())})
 
-        await Baselines(self._job, self._engine, initial, self._work, dict(done), save).run(self._progress)
-        return done
+        baselines = Baselines(self._job, self._engine, initial, self._work, dict(done), save)
+        failed = await baselines.run(self._progress)
+        return done, failed
 
     async def _finish(
         self,
@@ -286,6 +347,7 @@ class _Carrier:
         initial: Tree,
         sites: Sequence[SiteReport],
         baselines: Mapping[str, Scores],
+        failed: Mapping[str, str],
         seconds: float,
     ) -> None:
         self._progress.stage("saving the model and the report", 0)
@@ -317,10 +379,14 @@ class _Carrier:
                 "sha256": digest(params),
             },
             "baselines": {n: {"overall": s.overall, "by_site": s.by_site} for n, s in sorted(baselines.items())},
+            "failed_baselines": dict(failed),
             "samples": await self._samples(initial, params),
         }
         storage.write_json(self._directory / "report.json", report)
-        registry.load_object("hansa.sinks.report:write")(self._directory)
+        try:
+            write_report(self._directory, report)
+        except MissingExtraError as error:
+            self._progress.say(f"report.json is written, report.html is not. {error.message}")
 
     async def _samples(self, initial: Tree, params: Tree) -> list[dict[str, str]]:
         before = await self._engine.show(initial)

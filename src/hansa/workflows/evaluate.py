@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hansa.core.ports import Cohort
+from hansa.core.values import TRAINING as TRAINING
 from hansa.core.values import Absence, Model, Plan
 from hansa.errors import QuorumError
 
@@ -42,10 +43,6 @@ async def evaluate(
         raise QuorumError(f"No site could evaluate the model ({reasons}).", job=job, round=round)
     by_site = {site: await cohort.summarise(sums[site]) for site in sorted(sums)}
     return Scores(await cohort.summarise(add(sums)), by_site, tuple(absent))
-
-
-TRAINING = "train_"
-"""How the names of metrics of local training begin in a record."""
 
 
 def scores_of(metrics: Mapping[str, float], site_metrics: Mapping[str, Mapping[str, float]]) -> Scores:

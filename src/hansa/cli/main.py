@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Every command imports what it needs when it runs, so that ``hansa --help`` is quick.
+
+Exit codes are those of :mod:`hansa.errors`: a script can tell what went wrong. With ``--json`` a command writes one
+JSON document to stdout and nothing else; an error is ``{"error": {"kind", "message", "exit_code"}}``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from hansa.errors import DEFECT, HansaError, InterruptedRunError
+
+app = typer.Typer(
+    name="hansa",
+    help="Train and fine-tune models together across organisations that may not pool their data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set train.lr=0.01. May be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+Folder = Annotated[Path, typer.Option("--dir", help="The folder that holds runs.")]
+
+
+def main() -> None:
+    """Run the command line and exit with the code that :mod:`hansa.errors` documents."""
+    try:
+        app()
+    except HansaError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(InterruptedRunError("Stopped."))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        sys.exit(1)
+    except Exception:  # noqa: BLE001 - a defect is reported as one, whatever it is
+        traceback.print_exc()
+        _report_defect()
+
+
+def _fail(error: HansaError) -> None:
+    from hansa.cli import console
+
+    if "--json" in sys.argv:
+        code = error.exit_code
+        console.emit({"error": {"kind": type(error).__name__, "message": str(error), "exit_code": code}})
+    console.complain(str(error))
+    sys.exit(error.exit_code)
+
+
+def _report_defect() -> None:
+    from hansa.cli import console
+
+    console.complain(
+        "This is a defect in Hansa, not in what you did.",
+        "Please report it with the lines above and `hansa --version`. Finished rounds of a run are on disk.",
+    )
+    sys.exit(DEFECT)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hansa.version import VERSION
+
+        typer.echo(f"hansa {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    job: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer
+        typer.Argument(metavar="JOB", help="A .toml, .yaml or .json job; with --resume also a run."),
+    ] = None,
+    overrides: Set = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with an unfinished run: [cyan]--resume RUN[/], or [cyan]JOB --resume[/] for the last run of "
+            "that job, or alone for the last unfinished run.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out a job: check it, train, compare with the baselines, save the model, write the report."""
+    from hansa.cli import running
+
+    running.run(job or [], overrides or [], resume=resume, as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()
