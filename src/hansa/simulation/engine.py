@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import traceback
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from hansa import registry
 from hansa.client.work import perform
-from hansa.core.config import Choice
+from hansa.core.config import Choice, EngineSection
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
 from hansa.core.ports import Cohort, Peers, Program, SiteReport, topic
@@ -120,7 +121,7 @@ class SiteRunner:
             update = self._run(course, plan, site)
         except HansaError as error:
             return Absence(site, "refused", error.message)
-        except Exception as error:  # noqa: BLE001 - one site's failure must not end the job
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - one site's failure must not end the job
             return Absence(site, "lost", self._log(site, plan, error))
         return replace(update, seconds=time.perf_counter() - begun)
 
@@ -140,15 +141,21 @@ class SiteRunner:
             update = replace(update, parts={})
         return update
 
-    def _log(self, site: str, plan: Plan, error: Exception) -> str:
+    def _log(self, site: str, plan: Plan, error: BaseException) -> str:
         self._errors.mkdir(parents=True, exist_ok=True)
         path = self._errors / f"{plan.job}.{site}.{plan.round:06d}.txt"
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         return f"{type(error).__name__}: {error} (traceback in {path})"
 
 
+def num_threads(section: EngineSection, site: str | None) -> int:
+    """Return how many CPU threads ``site`` trains with (None: what no site does); they are part of the result."""
+    own = section.sites.get(site) if site else None
+    return (own and own.cpus) or section.threads
+
+
 def pin_threads(count: int) -> None:
-    """Make torch, where it is loaded, use ``count`` CPU threads, so that results don't depend on the machine."""
+    """Make torch, where it is loaded, use ``count`` CPU threads in the calling thread, whatever the machine has."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
@@ -156,13 +163,16 @@ def pin_threads(count: int) -> None:
 
 async def inspect_all(engine: Engine) -> tuple[list[SiteReport], Mapping[str, HansaError]]:
     """Check every site's data before training; return the reports, and the errors by site."""
+    found = await asyncio.gather(*(engine.inspect(site) for site in engine.sites), return_exceptions=True)
     reports = []
     errors: dict[str, HansaError] = {}
-    for site in engine.sites:
-        try:
-            reports.append(await engine.inspect(site))
-        except HansaError as error:
-            errors[site] = error
+    for site, result in zip(engine.sites, found, strict=True):
+        if isinstance(result, SiteReport):
+            reports.append(result)
+        elif isinstance(result, HansaError):
+            errors[site] = result
+        else:
+            raise result
     return reports, errors
 
 

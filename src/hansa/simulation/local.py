@@ -7,8 +7,9 @@ Sites stand for machines that work at the same time, so a deadline is held again
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from hansa import registry
 from hansa.core import wire
@@ -17,8 +18,11 @@ from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Program, Reply, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
-from hansa.simulation.engine import Course, SiteRunner, pin_threads
+from hansa.simulation.engine import Course, SiteRunner, num_threads, pin_threads
 from hansa.simulation.memory import Mailboxes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Local:
@@ -32,21 +36,21 @@ class Local:
 
     def __init__(self, job: Job, directory: Path, program: Program | None = None) -> None:
         self._job = job
-        self._directory = directory
+        self.directory = directory
         self._given = program
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Local:
         """Build the program."""
         if self._given is None:
             recipe = registry.load("recipes", self._job.recipe.name)
-            self._program: Program = await asyncio.to_thread(recipe, self._job)
+            self._program: Program = await self._do(None, recipe, self._job)
         else:
             self._program = self._given
-        self._runner = SiteRunner(self._program, self._directory)
-        self._turn = asyncio.Lock()
+        self.runner = SiteRunner(self._program, self.directory)
         self.sites: Sequence[str] = tuple(sorted(self._program.sites))
         self.traits: frozenset[Trait] = self._program.traits
-        self.peers: Peers = LocalPeers(self._directory)
+        self.peers: Peers = LocalPeers(self.directory)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -56,47 +60,56 @@ class Local:
 
     async def initial(self) -> Tree:
         """Return the parameters that training starts from."""
-        return await asyncio.to_thread(self._program.initial)
+        return await self._do(None, self._program.initial)
 
     async def inspect(self, site: str) -> SiteReport:
         """Check one site's data against the job."""
-        return await asyncio.to_thread(self._program.inspect, site)
+        return await self._do(site, self._program.inspect, site)
 
     async def export(self, params: Tree, directory: Path) -> None:
         """Write a usable model with ``params`` to ``directory``."""
-        await asyncio.to_thread(self._program.export, params, directory)
+        await self._do(None, self._program.export, params, directory)
 
     async def show(self, params: Tree) -> Mapping[str, str]:
         """Return something to look at: prompt -> what a model with ``params`` makes of it; or nothing."""
-        return await asyncio.to_thread(self._program.show, params)
+        return await self._do(None, self._program.show, params)
+
+    async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn metric sums into metrics."""
+        return self._program.summarise(sums)
 
     def cohort(self, course: Course) -> LocalCohort:
         """Return the sites of ``course`` as a workflow sees them."""
-        return LocalCohort(self._job, self._program, self._runner, course, self._directory, self._turn)
+        return LocalCohort(self, course)
+
+    async def perform(self, course: Course, plan: Plan, site: str) -> Update | Absence:
+        """Carry ``plan`` out at ``site``."""
+        return await self._do(site, self.runner.run, course, plan, site)
+
+    async def _do(self, site: str | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``function`` beside the event loop, one at a time, with the threads of ``site``."""
+
+        def pinned() -> T:
+            pin_threads(num_threads(self._job.engine, site))
+            return function(*args, **kwargs)
+
+        async with self._turn:
+            return await asyncio.to_thread(pinned)
 
 
 class LocalCohort:
     """The port of the ``local`` engine."""
 
-    def __init__(
-        self, job: Job, program: Program, runner: SiteRunner, course: Course, directory: Path, turn: asyncio.Lock
-    ) -> None:
+    def __init__(self, engine: Local, course: Course) -> None:
         self.sites: Sequence[str] = course.sites
-        self._job = job
-        self._program = program
-        self._runner = runner
+        self._engine = engine
         self._course = course
-        self._directory = directory
-        self._turn = turn
         self._late: list[Handle] = []
 
     async def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
         """Carry ``plan`` out at each site in turn."""
         for site in sorted(sites):
-            shares = self._job.engine.sites.get(site)
-            pin_threads((shares and shares.cpus) or self._job.engine.threads)
-            async with self._turn:
-                reply = await asyncio.to_thread(self._runner.run, self._course, plan, site)
+            reply = await self._engine.perform(self._course, plan, site)
             if isinstance(reply, Update) and plan.deadline_s and reply.seconds > plan.deadline_s:
                 yield self._postpone(plan, reply)
             else:
@@ -104,7 +117,7 @@ class LocalCohort:
 
     def _postpone(self, plan: Plan, update: Update) -> Absence:
         if plan.task == "train":
-            path = self._directory / f"late.{plan.round:06d}.{update.site}.hansa"
+            path = self._engine.directory / f"late.{plan.job}.{plan.round:06d}.{update.site}.hansa"
             self._late.append(wire.spool(update, path))
         reason = f"took {update.seconds:.2f} s, the deadline is {plan.deadline_s:g} s"
         return Absence(update.site, "late", reason)
@@ -116,7 +129,7 @@ class LocalCohort:
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""
-        return self._program.summarise(sums)
+        return await self._engine.summarise(sums)
 
 
 class LocalPeers:

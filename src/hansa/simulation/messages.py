@@ -2,7 +2,7 @@
 """What the ``processes`` engine and its workers say to each other.
 
     engine ── Start ──> worker: build the program ── Ready ──> engine
-    engine ── Perform | Initial | Inspect | Export | Summarise ──> worker ── one answer each ──> engine
+    engine ── Perform | Initial | Inspect | Export | Show | Summarise ──> worker ── one answer each ──> engine
     engine ── Close, or its end of the socket closes ──> the worker ends
 
 Messages are msgpack (which has NaN and infinity), each after its length as u32; tensors travel in wire files.
@@ -72,6 +72,14 @@ class Export(msgspec.Struct, tag=True):
     directory: str
 
 
+class Show(msgspec.Struct, tag=True):
+    """Show what a model with the parameters in the file ``params`` does."""
+
+    ticket: int
+    threads: int
+    params: str
+
+
 class Summarise(msgspec.Struct, tag=True):
     """Turn sums into metrics."""
 
@@ -102,6 +110,13 @@ class Inspected(msgspec.Struct, tag=True):
     ticket: int
     counts: dict[str, int]
     labels: dict[str, int]
+
+
+class Shown(msgspec.Struct, tag=True):
+    """The answer to Show: prompt -> what the model makes of it."""
+
+    ticket: int
+    texts: dict[str, str]
 
 
 class Answered(msgspec.Struct, tag=True):
@@ -154,8 +169,8 @@ class Failed(msgspec.Struct, tag=True):
         return RuntimeError(f"A defect in a worker:\n{self.message}")
 
 
-Work = Perform | Initial | Inspect | Export
-Answer = Done | Inspected | Answered | Absent | Metrics | Failed
+Work = Perform | Initial | Inspect | Export | Show
+Answer = Done | Inspected | Shown | Answered | Absent | Metrics | Failed
 
 TO_WORKER: msgspec.msgpack.Decoder[Start | Work | Summarise | Close] = msgspec.msgpack.Decoder(
     Start | Work | Summarise | Close

@@ -22,6 +22,7 @@ Guarantees, each held by a test:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
 from hansa.errors import HansaError, JobError, StorageError
 from hansa.simulation import shares
-from hansa.simulation.engine import Course
+from hansa.simulation.engine import Course, num_threads
 from hansa.simulation.local import LocalPeers
 from hansa.simulation.messages import (
     Absent,
@@ -52,6 +53,8 @@ from hansa.simulation.messages import (
     Inspected,
     Metrics,
     Perform,
+    Show,
+    Shown,
     Summarise,
     Work,
 )
@@ -122,7 +125,7 @@ class Processes:
         """Return the parameters that training starts from."""
         path = self.new_file()
         try:
-            await self._somewhere(lambda ticket, threads: Initial(ticket, threads, str(path)))
+            _expect(await self._somewhere(lambda ticket, threads: Initial(ticket, threads, str(path))), Done)
             return (await asyncio.to_thread(_read_parts, path))["params"]
         finally:
             path.unlink(missing_ok=True)
@@ -138,7 +141,16 @@ class Processes:
         path, target = self.new_file(), str(directory.absolute())
         try:
             await asyncio.to_thread(_write, path, lambda file: wire.write(file, "parameters", {}, {"params": params}))
-            await self._somewhere(lambda ticket, threads: Export(ticket, threads, str(path), target))
+            _expect(await self._somewhere(lambda ticket, threads: Export(ticket, threads, str(path), target)), Done)
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def show(self, params: Tree) -> Mapping[str, str]:
+        """Return something to look at: prompt -> what a model with ``params`` makes of it; or nothing."""
+        path = self.new_file()
+        try:
+            await asyncio.to_thread(_write, path, lambda file: wire.write(file, "parameters", {}, {"params": params}))
+            return _expect(await self._somewhere(lambda t, threads: Show(t, threads, str(path))), Shown).texts
         finally:
             path.unlink(missing_ok=True)
 
@@ -155,14 +167,14 @@ class Processes:
         known = self._metrics.pop(frozenset(sums.items()), None)
         if known is not None:
             return known
-        for attempt in range(_ATTEMPTS):
-            worker = await self.pool.any_worker()
-            try:
-                return _expect(await worker.call(Summarise(worker.ticket(), dict(sums))), Metrics).values
-            except WorkerEndedError:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(WorkerEndedError):
+                return await self._summarise(sums)
+        return await self._summarise(sums)
+
+    async def _summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        worker = await self.pool.any_worker()
+        return _expect(await worker.call(Summarise(worker.ticket(), dict(sums))), Metrics).values
 
     def new_file(self) -> Path:
         """Return a new path for a file that passes between processes."""
@@ -170,7 +182,7 @@ class Processes:
 
     def threads(self, site: str | None) -> int:
         """Return how many CPU threads ``site`` trains with."""
-        return self._machine.threads(site)
+        return num_threads(self._job.engine, site)
 
     def remember(self, answer: Answered) -> None:
         """Keep the metrics that came with an answer until they are asked for, once."""
@@ -179,16 +191,12 @@ class Processes:
                 self._metrics.clear()
             self._metrics[frozenset(answer.sums.items())] = answer.metrics
 
-    async def _somewhere(self, request: Callable[[int, int], Work]) -> None:
-        """Do what any worker can do; when one dies of it, another tries."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                _expect(await self._call(None, request), Done)
-            except WorkerEndedError:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-            else:
-                return
+    async def _somewhere(self, request: Callable[[int, int], Work]) -> Answer:
+        """Ask what any worker can answer; when one dies of it, ask another."""
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(WorkerEndedError):
+                return await self._call(None, request)
+        return await self._call(None, request)
 
     async def _call(self, site: str | None, request: Callable[[int, int], Work]) -> Answer:
         granted: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hansa.core.config import EngineSection
 from hansa.errors import JobError
+from hansa.simulation.engine import num_threads
 
 Devices = tuple[str, ...] | None
 """The GPUs that a worker sees, as in CUDA_VISIBLE_DEVICES; None leaves the variable as it is."""
@@ -75,12 +76,7 @@ class Machine:
                 f"engine.sites.{site}.gpus is {gpus:g}, and this machine shows {len(self._free_gpus)} GPUs. "
                 "Leave the share out, or run where CUDA_VISIBLE_DEVICES names enough of them."
             )
-        return Share(min((own and own.cpus) or self._section.threads, self._cpus), gpus)
-
-    def threads(self, site: str | None) -> int:
-        """Return how many CPU threads ``site`` trains with; they are part of the result, the machine is not."""
-        own = self._section.sites.get(site) if site else None
-        return (own and own.cpus) or self._section.threads
+        return Share(min(num_threads(self._section, site), self._cpus), gpus)
 
     def room(self) -> int:
         """Return how many sites with the default share run at the same time."""

@@ -26,6 +26,7 @@ from hansa import registry
 from hansa.core import wire
 from hansa.core.config import Choice, Job, parse
 from hansa.core.ports import Program
+from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan
 from hansa.errors import HansaError
 from hansa.simulation.engine import Course, SiteRunner, pin_threads
@@ -44,6 +45,8 @@ from hansa.simulation.messages import (
     Metrics,
     Perform,
     Ready,
+    Show,
+    Shown,
     Start,
     Summarise,
     Work,
@@ -98,9 +101,10 @@ class _Worker:
                     return Inspected(request.ticket, dict(report.counts), dict(report.labels))
                 case Export():
                     pin_threads(request.threads)
-                    with Path(request.params).open("rb") as file:
-                        params = wire.read_parts(file, wire.read_envelope(file))["params"]
-                    self.program.export(params, Path(request.directory))
+                    self.program.export(_read_params(request.params), Path(request.directory))
+                case Show():
+                    pin_threads(request.threads)
+                    return Shown(request.ticket, dict(self.program.show(_read_params(request.params))))
                 case Summarise():
                     return Metrics(request.ticket, self.program.summarise(request.sums))
         except Exception as error:  # noqa: BLE001 - the engine decides what an error of a program means
@@ -148,6 +152,11 @@ class _Worker:
             with Path(path).open("rb") as file:
                 self._plan = (path, wire.read_plan(file))
         return self._plan[1]
+
+
+def _read_params(path: str) -> Tree:
+    with Path(path).open("rb") as file:
+        return wire.read_parts(file, wire.read_envelope(file))["params"]
 
 
 def _listen(line: _Line, tasks: queue.SimpleQueue[Work | None], worker: Callable[[], _Worker | None]) -> None:
