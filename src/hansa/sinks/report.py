@@ -103,9 +103,10 @@ def verdict(found: Summary) -> list[str]:
     """Say in words how the federated model compares, on each column, whichever way it went.
 
     >>> rows = (Row("base", 9.0, 9.3, {}), Row("local", 8.0, 9.4, {}), Row("federated", 8.5, 8.8, {}))
-    >>> for line in verdict(Summary("perplexity", "min", rows, ("a", "b"), ())): print(line)
-    On everyone's held-out data the federated model (8.8) is better than base (9.3) and local only (9.4).
-    On the sites' own held-out data the federated model (8.5) is better than base (9) and worse than local only (8).
+    >>> for line in verdict(Summary("perplexity", "min", rows, ("a", "b"), ())):
+    ...     print(line)
+    On everyone's held-out data the federated model (8.800) is better than base (9.300) and local only (9.400).
+    On the sites' own held-out data the federated model (8.500) is better than base (9.000) and worse than local only (8.000).
     """
     federated = found.row("federated")
     if federated is None:
@@ -175,13 +176,13 @@ def _figures(report: Mapping[str, Any], plots: ModuleType) -> list[dict[str, str
     losses = _over_rounds(rounds, TRAINING + "loss")
     if losses:
         note = "What each site's own training reported, averaged over its steps of the round."
-        add("loss", "Training loss, a site", note, plots.lines_a_site(losses, "training loss"))
+        add("loss", "Training loss at each site", note, plots.lines_a_site(losses, "training loss"))
     figures += _data_figures(report["sites"], plots)
     if rounds:
         numbers = [r["round"] for r in rounds]
         down, up = [r["bytes_down"] for r in rounds], [r["bytes_up"] for r in rounds]
         note = "Tensor bytes to and from all sites of a round."
-        add("bytes", "Bytes sent a round", note, plots.traffic(numbers, down, up, size))
+        add("bytes", "Bytes sent in each round", note, plots.traffic(numbers, down, up, size))
     return figures
 
 
@@ -202,7 +203,7 @@ def _data_figures(sites: Sequence[Mapping[str, Any]], plots: ModuleType) -> list
     cut = f" The first {len(seen)} of {len(sites)} sites." if len(seen) < len(sites) else ""
     kinds = list(dict.fromkeys(kind for entry in seen for kind in entry["counts"]))
     if kinds:
-        title = "Examples, a site"
+        title = "Examples at each site"
         draw = plots.counts(names, {kind: [entry["counts"].get(kind, 0) for entry in seen] for kind in kinds})
         note = f"How much each site has.{cut}"
         figures.append({"title": title, "note": note, "svg": plots.svg("counts", title, draw, height)})
@@ -210,7 +211,7 @@ def _data_figures(sites: Sequence[Mapping[str, Any]], plots: ModuleType) -> list
     for entry in seen:
         totals.update(entry["labels"])
     if totals:
-        title = "Labels, a site"
+        title = "Labels at each site"
         kept = [label for label, _ in totals.most_common(plots.MOST_CELLS)]
         labels = [label for label in totals if label in kept]
         shares = [

@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
     """Return a time span.
 
     >>> duration(0.042), duration(7.25), duration(75), duration(3700)
-    ('0.04 s', '7.2 s', '1 min 15 s', '1 h 02 min')
+    ('0.04 s', '7.2 s', '1 min 15 s', '1 h 01 min')
     """
     if seconds < 1:
         return f"{seconds:.2f} s"
@@ -39,7 +39,9 @@ def number(value: float | None) -> str:
 
     >>> number(8.83123), number(0.000123456), number(1234.5), number(None)
     ('8.831', '0.0001235', '1234', '')
+    >>> number(8.8), number(0.0)
+    ('8.800', '0')
     """
     if value is None:
         return ""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:.0f}" if value == 0 or abs(value) >= 1000 else f"{value:#.4g}"
