@@ -21,27 +21,29 @@ from typing import Any
 import peft
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from hansa.client.torch import seeded
 from hansa.core.config import Adapter, Job
 from hansa.errors import JobError, ModelError, nearest
-from hansa.recipes import tokenizers
+from hansa.recipes import hub, tokenizers
 
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where a pre-trained model lies: ``where`` is a directory (``local``) or a hub name."""
+    """Where a pre-trained model lies: ``where`` is a directory (``local``) or a hub name; ``hint`` a folder like it."""
 
     where: str
     local: bool
+    hint: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` call is given, so that a directory never leads to the network."""
-        return {"local_files_only": True} if self.local else {}
+        """What every ``from_pretrained`` call is given: only a hub name, if the hub answers, leads to the network."""
+        return {"local_files_only": self.local or not hub.online()}
 
 
 def locate(job: Job, name: str) -> Base:
@@ -55,10 +57,9 @@ def locate(job: Job, name: str) -> Base:
     path = job.path(name)
     if path.is_dir():
         return Base(str(path.resolve()), local=True)
-    if _HUB_NAME.match(name) and not path.parent.is_dir():
-        return Base(name, local=False)
-    if _HUB_NAME.match(name) and "/" not in name and not path.exists():
-        return Base(name, local=False)
+    if _HUB_NAME.match(name) and ("/" not in name or not path.parent.is_dir()):
+        folders = (each.name for each in path.parent.iterdir()) if path.parent.is_dir() else ()
+        return Base(name, local=False, hint=nearest(path.name, folders))
     raise ModelError(f"There is no model folder {str(path)!r}.{_sibling(path)}")
 
 
@@ -106,14 +107,19 @@ def explained(base: Base, what: str) -> Iterator[None]:
         with quiet():
             yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        advice = (
-            "Check that the folder holds a model that transformers can open."
-            if base.local
-            else "If this machine can't reach the hub, fetch the model elsewhere and give its folder as model.base."
-        )
-        raise ModelError(f"The {what} {base.where!r} can't be loaded: {reason} {advice}") from error
+        if base.local:
+            advice = "Check that the folder holds what transformers saves (config.json, tokenizer.json, ...)."
+        elif hub.online():
+            advice = "Check the name, and that you may read it (hf auth login)."
+        else:
+            advice = "The hub can't be reached from here: fetch the model elsewhere and give its folder as model.base."
+        raise ModelError(f"The {what} {base.where!r} can't be loaded: {_reason(error)} {advice}{base.hint}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of a library's message, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:") + "."
 
 
 def load_tokenizer(job: Job, **options: Any) -> Any:
@@ -209,8 +215,8 @@ def scratch_config(job: Job, fields: Mapping[str, Any], tokenizer: Any | None) -
         given = {**{name: value for name, value in defaults.items() if name in known}, **given}
     try:
         return transformers.AutoConfig.for_model(kind, **given, **fields)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise JobError(f"model.config is refused by transformers: {error}") from None
+    except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        raise JobError(f"model.config is refused by transformers: {' '.join(str(error).split())}") from None
 
 
 def load_text_model(
@@ -265,9 +271,13 @@ def add_adapter(
             warnings.simplefilter("ignore", FutureWarning)
             adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, AttributeError, KeyError, TypeError, NotImplementedError) as error:
-        raise ModelError(
-            f"The adapter {adapter.method!r} does not fit this model: {str(error).splitlines()[0]} "
+        advice = (
             f"Set model.adapter.target_modules; linear modules of this model: {', '.join(linear_modules(model))}."
+            if "target" in str(error).lower()
+            else f"Check the fields of model.adapter against peft's {type(config).__name__}."
+        )
+        raise ModelError(
+            f"The adapter {adapter.method!r} does not fit this model: {_reason(error)} {advice}"
         ) from error
     return adapted
 
@@ -286,13 +296,15 @@ def _adapter_config(adapter: Adapter, task_type: str | None, heads: Sequence[str
     options = adapter.options
     for name in options:
         if name not in fields:
-            raise JobError(f"model.adapter: peft's {method} has no field {name!r}.{nearest(name, fields)}")
+            own = sorted(fields - {field.name for field in dataclasses.fields(peft.PeftConfig)})
+            suggested = nearest(name, fields) or f" Its fields: {', '.join(own)}."
+            raise JobError(f"model.adapter: peft's {method} has no field {name!r}.{suggested}")
     if heads and "modules_to_save" in fields:
         options["modules_to_save"] = sorted({*heads, *(options.get("modules_to_save") or [])})
     try:
         return methods[method](**{"task_type": task_type, **options})
     except (TypeError, ValueError) as error:
-        raise JobError(f"model.adapter is refused by peft: {error}") from None
+        raise JobError(f"model.adapter is refused by peft: {_reason(error)}") from None
 
 
 def linear_modules(model: nn.Module, limit: int = 12) -> list[str]:

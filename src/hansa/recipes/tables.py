@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hansa.errors import DataError, nearest
+from hansa.recipes import hub
 from hansa.registry import missing
 
 SUFFIXES = {
@@ -375,15 +376,23 @@ def hub_dataset(name: str, config: str | None, split: str) -> Source:
         MissingExtraError: ``datasets`` is not installed.
     """
     datasets = _datasets()
+    here = Path(name).is_dir()
+    offline = not here and not hub.online()
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(name, config, split=split)
+        download = datasets.DownloadConfig(local_files_only=here or offline)
+        found = datasets.load_dataset(name, config, split=split, download_config=download)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        advice = (
+            "Check its name, configuration and split."
+            if not offline
+            else "The hub can't be reached from here: fetch the data set elsewhere, save it with "
+            "datasets.save_to_disk, and give that folder as data.train."
+        )
         raise DataError(
-            f"The data set {name!r} (split {split!r}) can't be loaded: {reason} If this machine can't reach the hub, "
-            "fetch the data set elsewhere, save it with datasets.save_to_disk, and give that folder as data.train."
+            f"The data set {name!r} (split {split!r}) can't be loaded: {reason.rstrip('.')}. {advice}"
         ) from None
     finally:
         if shown:
