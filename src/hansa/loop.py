@@ -256,14 +256,14 @@ def process(
 
 def _served(strategy: Strategy, optimizer: Optimizer) -> Strategy:
     """Return an averaging strategy with ``optimizer`` in place of its plain mean."""
-    own = strategy.optimizer
-    if own is None or not own.plain or own.lr != 1.0:
+    if Trait.SERVER_STEP in strategy.traits:
         raise JobError(
             f"server_optimizer does not go with {strategy.name!r}, which has a server step of its own. Set that "
             "strategy's own options (lr, momentum, ...), or give server_optimizer with fedavg or fedprox."
         )
     half = averaging(strategy.name, optimizer)
-    return replace(strategy, init=half.init, step=half.step, optimizer=optimizer)
+    traits = strategy.traits | (half.traits & {Trait.SERVER_STEP})
+    return replace(strategy, init=half.init, step=half.step, traits=traits)
 
 
 def _functional(

@@ -411,7 +411,7 @@ class FunctionalProgram:
     def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
         """Return metric sums over the site's held-out rows; nothing where it has none."""
         data = self.examples(site).test
-        if data is None:
+        if data is None or not len(data[-1]):
             return {}
         return self.judged(self.lifted(trees.floating(plan.params)), data)
 

@@ -73,7 +73,6 @@ class Strategy:
         step: turns (model, state, aggregate) into the next model, the next state, and notes for the record.
         weighed: uploaded part -> True if it is multiplied by the site's weight, False if every site counts once.
         traits: what :func:`hansa.core.fit.check_fit` needs to know.
-        optimizer: the server's optimiser, where ``step`` is its application to the mean update and nothing else.
     """
 
     name: str
@@ -83,7 +82,6 @@ class Strategy:
     rule: ClientRule = field(default_factory=ClientRule)
     weighed: Mapping[str, bool] = field(default_factory=lambda: {"delta": True})
     traits: frozenset[Trait] = frozenset()
-    optimizer: Optimizer | None = None
 
 
 def descend(optimizer: Optimizer, model: Model, state: Parts, mean: Tree) -> tuple[Model, Parts]:

@@ -59,7 +59,7 @@ class MemoryStore:
 
 
 class MemoryPacks:
-    """What many small sites remember, a file for all sites of one chunk: ``course/packs/000003.FIRST..OWNER.hansa``.
+    """What many small sites remember, a file for all sites of one chunk: ``course/packs/000003.OWNER@SITE.hansa``.
 
     The tensors of a file have a leading axis, a row a site, and its metadata name the sites. A file is deleted once
     the server has accepted later work from every site in it.
@@ -74,7 +74,7 @@ class MemoryPacks:
         found: dict[str, dict[str, Parts]] = {}
         for round in sorted(set(accepted.values())):
             for path in sorted(self._folder(course).glob(f"{round:06d}.*.hansa")):
-                owner = path.name.removesuffix(".hansa").split("..", 1)[1]
+                owner = path.name.partition("@")[0].partition(".")[2]
                 with path.open("rb") as file:
                     envelope = wire.read_envelope(file)
                     rows = [(i, s) for i, s in enumerate(envelope.meta["sites"]) if accepted.get(s) == round]
@@ -102,7 +102,7 @@ class MemoryPacks:
                     for part, tree in each[0].items()
                 }
                 folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"{round:06d}.{sites[0]}..{owner}.hansa"
+                path = folder / f"{round:06d}.{owner}@{sites[0]}.hansa"
                 temporary = path.with_suffix(".tmp")
                 with temporary.open("wb") as file:
                     wire.write(file, "memory", {"round": round, "sites": sites}, stacked)
