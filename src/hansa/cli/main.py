@@ -110,5 +110,68 @@ def run(
     running.run(job or [], overrides or [], resume=resume, as_json=as_json)
 
 
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("job.toml"),
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="What the job trains: causal-lm, sequence-classification, token-classification, image-classification."
+        ),
+    ] = "causal-lm",
+    as_json: Json = False,
+) -> None:
+    """Write a commented job to start from; a file that is there already is left as it is."""
+    from hansa.cli import console, starting
+
+    starting.write(path, recipe)
+    if as_json:
+        console.emit({"job": str(path.absolute()), "recipe": recipe})
+    else:
+        console.out().print(f"Wrote {path}. Fill in the model and the data, then: hansa check {path}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="A .toml, .yaml or .json job.")],
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Validate a job without training: what it resolves to, its sites, what composes, what it costs."""
+    from hansa.cli import checking
+
+    checking.check(job, overrides or [], as_json=as_json)
+
+
+@app.command()
+def runs(folder: Folder = Path("runs"), as_json: Json = False) -> None:
+    """List past runs."""
+    from hansa.cli import past
+
+    past.runs(folder, as_json=as_json)
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")],
+    folder: Folder = Path("runs"),
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report.html again, from what is on disk."""
+    from hansa.cli import past
+
+    past.report(folder, name, as_json=as_json, show=show)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a job, for editors and other programs."""
+    from hansa.cli import console
+    from hansa.core import config
+
+    console.emit(config.schema())
+
+
 if __name__ == "__main__":
     main()

@@ -263,14 +263,9 @@ class _Carrier:
     async def _inspect(self) -> list[SiteReport]:
         self._progress.stage("checking the sites' data", 0)
         reports, errors = await inspect_all(self._engine)
-        if errors:
-            lines = "\n".join(f"  {site}: {error.message}" for site, error in errors.items())
-            first = next(iter(errors.values()))
-            raise type(first)(
-                f"{len(errors)} of {len(self._engine.sites)} sites can't take part:\n{lines}", job=self._job.name
-            ) from first
-        if not reports:
-            raise DataError("The job has no sites. Check data.train and partition.", job=self._job.name)
+        error = refusal(self._job, len(reports), errors)
+        if error is not None:
+            raise error
         storage.write_json(self._directory / "sites.json", [asdict(report) for report in reports])
         return reports
 
@@ -392,6 +387,23 @@ class _Carrier:
         before = await self._engine.show(initial)
         after = await self._engine.show(params)
         return [{"prompt": p, "before": before[p], "after": after[p]} for p in before]
+
+
+def refusal(job: Job, ready: int, errors: Mapping[str, HansaError]) -> HansaError | None:
+    """Return the error that says why sites can't take part, of the kind of the first, or None if all can.
+
+    Args:
+        job: the job.
+        ready: how many sites can take part.
+        errors: site -> why it can't.
+    """
+    if errors:
+        lines = "\n".join(f"  {site}: {error.message}" for site, error in errors.items())
+        kind = type(next(iter(errors.values())))
+        return kind(f"{len(errors)} of {ready + len(errors)} sites can't take part:\n{lines}", job=job.name)
+    if not ready:
+        return DataError("The job has no sites. Check data.train and partition.", job=job.name)
+    return None
 
 
 def check(job: Job, engine: Engine, course: Course) -> None:

@@ -103,10 +103,8 @@ def verdict(found: Summary) -> list[str]:
     """Say in words how the federated model compares, on each column, whichever way it went.
 
     >>> rows = (Row("base", 9.0, 9.3, {}), Row("local", 8.0, 9.4, {}), Row("federated", 8.5, 8.8, {}))
-    >>> for line in verdict(Summary("perplexity", "min", rows, ("a", "b"), ())):
-    ...     print(line)
-    On everyone's held-out data the federated model (8.800) is better than base (9.300) and local only (9.400).
-    On the sites' own held-out data the federated model (8.500) is better than base (9.000) and worse than local only (8.000).
+    >>> verdict(Summary("perplexity", "min", rows, ("a", "b"), ()))[0]
+    "On everyone's held-out data the federated model (8.800) is better than base (9.300) and local only (9.400)."
     """
     federated = found.row("federated")
     if federated is None:
