@@ -509,8 +509,15 @@ def in_child(code: str, *arguments: Any) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system can't claim disk space")
+def test_the_blocks_of_a_mapped_accumulator_are_claimed_before_it_is_used(tmp_path: Path) -> None:
+    """A sparse file would be made without complaint, and end the process with SIGBUS when the disk is full."""
+    mapped = folds._mapped_zeros(tmp_path / "a", 3 << 20)
+    assert (tmp_path / "a").stat().st_blocks * 512 >= 3 << 20
+    assert not mapped.any()
+
+
 def test_a_disk_too_full_for_the_accumulator_is_an_error_before_it_is_used(tmp_path: Path) -> None:
-    """A sparse file would be made without complaint, and end the process with SIGBUS when it is written to."""
     code = """
 import resource, signal, sys
 from pathlib import Path
