@@ -16,7 +16,7 @@ def online() -> bool:
     """Say whether the hub answers (False under ``HF_HUB_OFFLINE``); the answer holds for this process."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if forced_offline():
         return False
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
@@ -26,3 +26,10 @@ def online() -> bool:
         return True
     except OSError:
         return False
+
+
+def forced_offline() -> bool:
+    """Say whether the user has forbidden the network (``HF_HUB_OFFLINE``), so that only the cache is used."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

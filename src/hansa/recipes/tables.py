@@ -376,23 +376,21 @@ def hub_dataset(name: str, config: str | None, split: str) -> Source:
         MissingExtraError: ``datasets`` is not installed.
     """
     datasets = _datasets()
-    here = Path(name).is_dir()
-    offline = not here and not hub.online()
+    if not Path(name).is_dir() and not hub.online() and not hub.forced_offline():
+        raise DataError(
+            f"The data set {name!r} can't be fetched: the hub can't be reached from here. Fetch it elsewhere, save it "
+            "with datasets.save_to_disk, and give that folder as data.train. If it is in this machine's cache, set "
+            "HF_HUB_OFFLINE=1."
+        )
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        download = datasets.DownloadConfig(local_files_only=here or offline)
-        found = datasets.load_dataset(name, config, split=split, download_config=download)
+        found = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = (
-            "Check its name, configuration and split."
-            if not offline
-            else "The hub can't be reached from here: fetch the data set elsewhere, save it with "
-            "datasets.save_to_disk, and give that folder as data.train."
-        )
         raise DataError(
-            f"The data set {name!r} (split {split!r}) can't be loaded: {reason.rstrip('.')}. {advice}"
+            f"The data set {name!r} (split {split!r}) can't be loaded: {reason.rstrip('.')}. "
+            "Check its name, configuration and split: NAME@CONFIG:SPLIT."
         ) from None
     finally:
         if shown:
