@@ -27,9 +27,9 @@ def emit(document: Any) -> None:
     sys.stdout.flush()
 
 
-def complain(message: str, hint: str = "") -> None:
-    """Write one clear message to stderr."""
+def complain(message: str, style: str) -> None:
+    """Write one clear message to stderr; one in red begins with the word Error."""
     console = err()
-    console.print(Text.assemble(("Error: ", "bold red"), (message, "red")), soft_wrap=True)
-    if hint:
-        console.print(Text(hint), soft_wrap=True)
+    console.print(
+        Text.assemble(("Error: " if style == "red" else "", f"bold {style}"), (message, style)), soft_wrap=True
+    )

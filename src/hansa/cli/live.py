@@ -204,7 +204,7 @@ class Screen:
         self._tally.ask(plan, sites)
         for site in sites:
             row = self._rows.setdefault(site, _Row())
-            row.doing, row.style = ("training", "dim") if plan.task == "train" else ("evaluating", "dim")
+            row.doing, row.style = ("to train", "dim") if plan.task == "train" else ("to evaluate", "dim")
 
     def reply(self, plan: Plan, reply: Reply) -> None:
         """Show who has answered."""
@@ -259,7 +259,7 @@ class Screen:
             cells += [
                 ProgressBar(stage.total, stage.done, width=28),
                 Text(stage.count),
-                Text(f"about {duration(left)} left" if left is not None else duration(stage.seconds), "dim"),
+                Text(f"about {duration(round(left))} left" if left is not None else duration(stage.seconds), "dim"),
             ]
         else:
             cells.append(Text(duration(stage.seconds), "dim"))

@@ -37,37 +37,33 @@ Folder = Annotated[Path, typer.Option("--dir", help="The folder that holds runs.
 def main() -> None:
     """Run the command line and exit with the code that :mod:`hansa.errors` documents."""
     try:
-        app()
+        app(prog_name="hansa")
     except HansaError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _fail(InterruptedRunError("Stopped."))
+        _tell(error)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         sys.exit(1)
     except Exception:  # noqa: BLE001 - a defect is reported as one, whatever it is
         traceback.print_exc()
         _report_defect()
+        sys.exit(DEFECT)
 
 
-def _fail(error: HansaError) -> None:
+def _tell(error: HansaError) -> None:
     from hansa.cli import console
 
     if "--json" in sys.argv:
         code = error.exit_code
         console.emit({"error": {"kind": type(error).__name__, "message": str(error), "exit_code": code}})
-    console.complain(str(error))
-    sys.exit(error.exit_code)
+    console.complain(str(error), "yellow" if isinstance(error, InterruptedRunError) else "red")
 
 
 def _report_defect() -> None:
     from hansa.cli import console
 
-    console.complain(
-        "This is a defect in Hansa, not in what you did.",
-        "Please report it with the lines above and `hansa --version`. Finished rounds of a run are on disk.",
-    )
-    sys.exit(DEFECT)
+    console.complain("This is a defect in Hansa, not in what you did. Finished rounds of a run are on disk.", "red")
+    console.complain("Please report it with the lines above and what `hansa --version` prints.", "")
 
 
 def _version(wanted: bool) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,9 @@ from rich.text import Text
 from hansa.cli import console, live
 from hansa.core import config
 from hansa.core.config import Job
-from hansa.errors import JobError
+from hansa.errors import InterruptedRunError, JobError
 from hansa.simulation import run as runs
+from hansa.simulation.progress import Progress
 from hansa.simulation.run import Run
 from hansa.sinks.summary import Summary, federated_round, summary
 from hansa.sinks.text import duration, number, size
@@ -34,12 +38,38 @@ def run(words: Sequence[str], overrides: Sequence[str], *, resume: bool, as_json
         as_json: whether to write one JSON document to stdout.
     """
     job, name = _asked(words, overrides, resume)
-    with live.shown(console.err(), job) as progress:
-        finished = runs.run(job, resume=name if resume else False, progress=progress)
+    finished = carry_out(job, resume=name if resume else False)
     if as_json:
         console.emit(document(finished))
     else:
         tell(console.out(), finished)
+
+
+def carry_out(job: Job, *, resume: bool | str = False) -> Run:
+    """Run a job with its progress on stderr; Ctrl-C ends it after the site at work, a second one at once.
+
+    Raises:
+        HansaError: of the kind that says what went wrong; finished rounds are on disk.
+    """
+    to = console.err()
+
+    async def watched(progress: Progress) -> Run:
+        task = asyncio.current_task()
+        assert task is not None, "this is a task's own coroutine"
+
+        def stop() -> None:
+            if task.done() or task.cancelling():
+                to.show_cursor()
+                os._exit(InterruptedRunError.exit_code)  # training threads would hold up any other end
+            progress.say("Stopping when the site at work is done. Ctrl-C again stops at once.")
+            task.cancel()
+
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(kind, stop)
+        return await runs.carry_out(job, resume, progress)
+
+    with live.shown(to, job) as progress:
+        return asyncio.run(watched(progress))
 
 
 def _asked(words: Sequence[str], overrides: Sequence[str], resume: bool) -> tuple[Job, bool | str]:

@@ -21,9 +21,11 @@ def size(num_bytes: float) -> str:
 def duration(seconds: float) -> str:
     """Return a time span.
 
-    >>> duration(0.042), duration(7.25), duration(75), duration(3700)
-    ('0.04 s', '7.2 s', '1 min 15 s', '1 h 01 min')
+    >>> duration(0.042), duration(7.25), duration(20), duration(75), duration(3700)
+    ('0.04 s', '7.2 s', '20 s', '1 min 15 s', '1 h 01 min')
     """
+    if isinstance(seconds, int) and seconds < 60:
+        return f"{seconds} s"
     if seconds < 1:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
