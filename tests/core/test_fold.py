@@ -210,6 +210,10 @@ def ruined(item: Update, how: str) -> Update:
             weight = math.nan
         case "weight infinite":
             weight = math.inf
+        case "weight beyond float32":
+            weight = 1e39
+        case "weight below float32":
+            weight = 1e-39
         case "metric NaN":
             sums["loss"] = math.nan
         case "another part":
@@ -230,6 +234,8 @@ NOT_FINITE = [
     "weight -1",
     "weight NaN",
     "weight infinite",
+    "weight beyond float32",
+    "weight below float32",
     "metric NaN",
 ]
 MISFIT = ["another shape", "too short", "missing", "extra", "integers", "another part", "one more part", "no part"]
@@ -361,7 +367,7 @@ def test_a_sum_that_overflows_is_an_error_and_no_infinite_model() -> None:
         folding.close()
     folding = new_fold(update("x", {"w": np.zeros(2, np.float32)}))
     for site in SITES[:2]:
-        folding.add(update(site, {"w": np.ones(2, np.float32)}, weight=1e308))
+        folding.add(update(site, {"w": np.ones(2, np.float32)}, weight=3e38))
     with pytest.raises(NonFiniteError, match="weights overflows"):
         folding.close()
 

@@ -33,9 +33,9 @@ def run(
     weighed: Mapping[str, bool],
     memory: Mapping[str, Parts],
 ) -> tuple[Update, dict[str, Parts]]:
-    """Apply ``filters`` in order; ``memory`` and the returned memory are keyed by place and name, ``0.clip``."""
+    """Apply ``filters`` in order; ``memory`` and the returned memory are keyed by place and name, ``0-clip``."""
     kept: dict[str, Parts] = {}
     for place, piece in enumerate(filters):
-        key = f"{place}.{piece.name}"
+        key = f"{place}-{piece.name}"
         update, kept[key] = piece.apply(update, weighed, memory.get(key, {}))
     return update, {key: parts for key, parts in kept.items() if parts}

@@ -14,7 +14,7 @@ Guarantees, each held by a test:
 | case | result |
 |---|---|
 | no update at all | weight 0, count 0, no tensors |
-| NaN or infinity in an update, a weight that is not positive and finite | rejected, nothing added |
+| NaN or infinity in an update, a weight that is not positive and finite in float32 | rejected, nothing added |
 | a tensor missing, extra, of another shape, or not floating | rejected, nothing added |
 | the same site twice, a site not asked, a site given up on | rejected |
 | finite updates whose sum is not finite | NonFiniteError from ``close`` |
@@ -40,6 +40,9 @@ from hansa.errors import NonFiniteError, StorageError, WireError
 
 MAP_BYTES = 64 << 20
 """Accumulators larger than this are memory-mapped files."""
+
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Fold:
@@ -126,7 +129,7 @@ class Fold:
             name = trees.first_non_finite(tree)
             if name is not None:
                 raise NonFiniteError(f"The sum of all updates overflows in tensor {name!r} of {part!r}.")
-        if not math.isfinite(self._weight):
+        if self._weight > _LARGEST:
             raise NonFiniteError("The sum of all updates' weights overflows.")
         return Aggregate(self._sums, self._weighed, self._weight, self._count, self._population, dict(self._metrics))
 
@@ -176,8 +179,8 @@ class Fold:
 
     def _not_finite(self, handle: Handle) -> str | None:
         header = handle.header
-        if not (math.isfinite(header.weight) and header.weight > 0):
-            return f"The update's weight is {header.weight}; it must be positive and finite."
+        if not _SMALLEST <= header.weight <= _LARGEST:
+            return f"The update's weight is {header.weight}; it must be positive and finite in float32."
         for name, value in header.sums.items():
             if not math.isfinite(value):
                 return f"The update's metric {name!r} is {value}."

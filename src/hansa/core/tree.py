@@ -118,6 +118,14 @@ def scale(a: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {name: leaf * factor for name, leaf in a.items()}
 
 
+def times(tree: Tree, factor: float) -> dict[str, Array]:
+    """Return ``factor * tree``, computed in float32 or wider and rounded once to each leaf's dtype.
+
+    A factor rounded to bfloat16 first would be off by up to 0.4 %, for all elements alike.
+    """
+    return {name: (leaf * wide(leaf.dtype).type(factor)).astype(leaf.dtype, copy=False) for name, leaf in tree.items()}
+
+
 def zeros_like(tree: Tree, dtype: np.dtype[Any] | None = None) -> dict[str, Array]:
     """Return zeros of the same shapes, in ``dtype`` or each leaf's own."""
     return {name: np.zeros(leaf.shape, dtype or leaf.dtype) for name, leaf in tree.items()}

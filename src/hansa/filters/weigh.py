@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from hansa.core import tree as trees
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
 from hansa.core.tree import Parts
@@ -17,10 +18,7 @@ def weigh() -> Filter:
 
     def apply(update: Update, weighed: Mapping[str, bool], memory: Parts) -> tuple[Update, Parts]:
         parts = {
-            part: {name: leaf * leaf.dtype.type(update.weight) for name, leaf in tree.items()}
-            if weighed[part]
-            else tree
-            for part, tree in update.parts.items()
+            part: trees.times(tree, update.weight) if weighed[part] else tree for part, tree in update.parts.items()
         }
         return replace(update, parts=parts), {}
 
