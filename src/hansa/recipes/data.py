@@ -258,7 +258,7 @@ def _absent(item: str, path: Path) -> str:
         folder = folder.parent
     gone = path.relative_to(folder).parts[0]
     hint = nearest(gone, (each.name for each in folder.iterdir()))
-    hub = "" if path.is_absolute() else " For a data set on the hub set data.format = 'hub'."
+    hub = "" if Path(item).is_absolute() or _kind(path) else " For a data set on the hub set data.format = 'hub'."
     return f"There is no {item!r}: the folder {folder} has no {gone!r}.{hint}{hub}"
 
 
