@@ -7,6 +7,7 @@ Sites stand for machines that work at the same time, so a deadline is held again
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -41,7 +42,11 @@ class Local:
         self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Local:
-        """Build the program."""
+        """Build the program. What recipes log of their sites goes to ``sites.log``."""
+        self._log = logging.FileHandler(self.directory / "sites.log", delay=True)
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+        logging.getLogger("hansa").addHandler(self._log)
+        logging.getLogger("hansa").setLevel(logging.INFO)
         if self._given is None:
             recipe = registry.load("recipes", self._job.recipe.name)
             self._program: Program = await self._do(None, recipe, self._job)
@@ -55,8 +60,12 @@ class Local:
 
     async def __aexit__(self, *exception: object) -> None:
         """Free the program, if it was built here."""
-        if self._given is None:
-            self._program.close()
+        try:
+            if self._given is None:
+                await asyncio.to_thread(self._program.close)
+        finally:
+            logging.getLogger("hansa").removeHandler(self._log)
+            self._log.close()
 
     async def initial(self) -> Tree:
         """Return the parameters that training starts from."""

@@ -361,7 +361,7 @@ class Pool:
         return next(slot for slot in itertools.count() if slot not in taken)
 
     def _start(self, devices: Devices, slot: int) -> Worker:
-        worker = Worker(slot, devices, self._job.engine.threads, self._directory / "workers.log")
+        worker = Worker(slot, devices, self._job.engine.threads, self._directory / "sites.log")
         self.workers.append(worker)
         start = Start(self._job.to_json(), str(self._directory.absolute()))
         worker.serving = asyncio.create_task(worker.serve(start, self._on_ready))

@@ -73,7 +73,7 @@ class Processes:
 
     Args:
         job: the resolved job; its recipe is built in every worker.
-        directory: the run's folder, for memories, mail, spooled updates and ``workers.log``.
+        directory: the run's folder, for memories, mail, spooled updates and ``sites.log``.
         cpus: the cores to divide; all that this process may use by default.
         gpus: the GPUs to divide, as in CUDA_VISIBLE_DEVICES; all visible ones by default.
     """

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local socket between a user's script and the program that started it.
+
+    script ── hello {protocol, token} ──> host ── welcome {site, job} ──> script
+    host ── task {task, round, rounds, meta} + parameters ──> script ── result {params_type, metrics, meta} + parameters
+    host ── end ──> script
+
+A message is JSON after its length (u32, little-endian); tensors follow it as one wire value, in blocks after
+their lengths, the last block empty. Nothing is pickled, and nothing listens outside this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Mapping
+from typing import IO, Any, BinaryIO, cast
+
+from hansa.core import wire
+from hansa.core.tree import Array, Tree
+from hansa.errors import WireError
+
+PROTOCOL = 1
+SOCKET_VARIABLE = "HANSA_SOCKET"
+TOKEN_VARIABLE = "HANSA_TOKEN"
+
+_LENGTH = struct.Struct("<I")
+_MAX_MESSAGE_BYTES = 16 << 20
+_BUFFER_BYTES = 1 << 20
+_PARAMS = "params"
+
+
+class _Blocks:
+    """One wire value inside the stream, with what :mod:`hansa.core.wire` needs of a file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._left = 0
+        self._ended = False
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._file.write(_LENGTH.pack(len(data)))
+        return self._file.write(data)
+
+    def end(self) -> None:
+        self._file.write(_LENGTH.pack(0))
+
+    def read(self, count: int) -> bytes:
+        pieces = []
+        while count and self._next():
+            piece = _exactly(self._file, min(count, self._left))
+            pieces.append(piece)
+            count -= len(piece)
+            self._left -= len(piece)
+        return b"".join(pieces)
+
+    def _next(self) -> bool:
+        if not self._left and not self._ended:
+            (self._left,) = _LENGTH.unpack(_exactly(self._file, _LENGTH.size))
+            self._ended = not self._left
+        return not self._ended
+
+
+def _exactly(file: IO[bytes], count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise ConnectionResetError("the other end of the local socket has closed")
+    return data
+
+
+class Link:
+    """One end of a connected socket. Errors are OSError; TimeoutError where the socket has a timeout."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._input = connection.makefile("rb", _BUFFER_BYTES)
+        self._output = connection.makefile("wb", _BUFFER_BYTES)
+
+    def send(self, message: Mapping[str, Any], params: Tree | None = None) -> None:
+        """Send ``message``, and ``params`` after it if they are given."""
+        body = json.dumps({**message, _PARAMS: params is not None}).encode()
+        self._output.write(_LENGTH.pack(len(body)) + body)
+        if params is not None:
+            blocks = _Blocks(self._output)
+            wire.write(cast(BinaryIO, blocks), "parameters", {}, {_PARAMS: params})
+            blocks.end()
+        self._output.flush()
+
+    def receive(self) -> tuple[dict[str, Any], dict[str, Array] | None]:
+        """Return the next message and the parameters that came with it.
+
+        Raises:
+            WireError: what came is no message.
+        """
+        (length,) = _LENGTH.unpack(_exactly(self._input, _LENGTH.size))
+        if length > _MAX_MESSAGE_BYTES:
+            raise WireError(
+                f"A message of {length} bytes came over the local socket; at most {_MAX_MESSAGE_BYTES} may."
+            )
+        try:
+            message = json.loads(_exactly(self._input, length))
+        except ValueError as error:
+            raise WireError(f"What came over the local socket is no message: {error}.") from None
+        if not isinstance(message, dict):
+            raise WireError("What came over the local socket is no message.")
+        if not message.pop(_PARAMS, False):
+            return message, None
+        blocks = cast(BinaryIO, _Blocks(self._input))
+        return message, wire.read_parts(blocks, wire.read_envelope(blocks))[_PARAMS]
+
+    def close(self) -> None:
+        """Close this end, whatever is still buffered."""
+        for end in (self._input, self.connection):
+            end.close()
+        try:
+            self._output.close()
+        except (OSError, ValueError):
+            return
