@@ -288,7 +288,7 @@ def killed_after(code: str, folder: Path, seconds: float) -> None:
 def test_a_file_written_under_sigkill_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     storage.write_atomic(tmp_path / "file", b"x" * 200_000)
     rng, seen = random.Random(1), set()
-    for _ in range(8):
+    for _ in range(5):
         killed_after(ATOMIC, tmp_path, rng.uniform(0, 0.05))
         data = (tmp_path / "file").read_bytes()
         assert data == data[:1] * 200_000
@@ -298,7 +298,7 @@ def test_a_file_written_under_sigkill_is_the_old_or_the_new_one(tmp_path: Path) 
 
 def test_a_folder_published_under_sigkill_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     rng, seen = random.Random(2), set()
-    for turn in range(12):
+    for turn in range(8):
         killed_after(PUBLISH, tmp_path, 0.3 if turn == 0 else rng.uniform(0, 0.05))
         content = {(tmp_path / "folder" / name).read_bytes() for name in ("a", "b", "inner/c")}
         assert len(content) == 1, "half of one and half of another"
