@@ -293,9 +293,16 @@ async def _first(records: AsyncIterator[RoundRecord]) -> RoundRecord:
 
 def _wait(work: Coroutine[Any, Any, T]) -> T:
     """Return the result of ``work``; a thread of its own runs it where this one has a running event loop."""
+    found: list[T] = []
+
+    async def keep() -> None:  # asyncio.run takes the repr of what its task returns, whole models included
+        found.append(await work)
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        asyncio.run(keep())
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, keep()).result()
+    return found[0]
