@@ -20,6 +20,7 @@ setup: .venv/.ready
 
 # PIP_FIND_LINKS, where a machine sets it, names a folder of wheels that pip would use; uv is told of it too.
 .venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv==0.13.8
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" \
