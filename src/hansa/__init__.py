@@ -13,13 +13,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hansa.version import VERSION as __version__
+from hansa import version
+
+__version__ = version.VERSION
 
 if TYPE_CHECKING:
     from hansa.core.config import Job, load
     from hansa.core.optimizer import adagrad, adam, sgd, yogi
     from hansa.errors import HansaError
-    from hansa.process import Process, process
+    from hansa.loop import Process, process
     from hansa.simulation.run import Run, run
     from hansa.strategies.fedavg import fedavg
     from hansa.strategies.fedavgm import fedavgm
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "HansaError": "hansa.errors",
     "Job": "hansa.core.config",
-    "Process": "hansa.process",
+    "Process": "hansa.loop",
     "Run": "hansa.simulation.run",
     "adagrad": "hansa.core.optimizer",
     "adam": "hansa.core.optimizer",
@@ -41,7 +43,7 @@ _HOMES = {
     "fedprox": "hansa.strategies.fedprox",
     "fedyogi": "hansa.strategies.fedopt",
     "load": "hansa.core.config",
-    "process": "hansa.process",
+    "process": "hansa.loop",
     "run": "hansa.simulation.run",
     "scaffold": "hansa.strategies.scaffold",
     "sgd": "hansa.core.optimizer",

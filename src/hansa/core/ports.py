@@ -75,10 +75,10 @@ class Peers(Protocol):
         ...
 
 
-SERVER = "server"
+SERVER = "@server"
 """The server's name as a node among peers."""
 
-EVERYONE = "everyone"
+EVERYONE = "@everyone"
 """The name under which a program trains on all sites' data in one place; for comparisons in simulation only."""
 
 
