@@ -62,8 +62,8 @@ def _tell(error: HansaError) -> None:
 def _report_defect() -> None:
     from hansa.cli import console
 
-    console.complain("This is a defect in Hansa, not in what you did. Finished rounds of a run are on disk.", "red")
-    console.complain("Please report it with the lines above and what `hansa --version` prints.", "")
+    console.complain("This is a defect of Hansa, or of code of your own that the job names.", "red")
+    console.complain("Finished rounds are on disk. Please report it, with these lines and `hansa --version`.", "")
 
 
 def _version(wanted: bool) -> None:
