@@ -45,7 +45,7 @@ def main(rounds=15):
         )
         state = federation.initialize()
         for _ in range(rounds):
-            state, metrics = federation.next(state, train)
+            state, _ = federation.next(state, train)
         finals[strategy.name] = federation.evaluate(state, held_out)["accuracy"]
         print(f"{strategy.name:10} accuracy after {state.round} rounds: {finals[strategy.name]:.3f}")
     return finals

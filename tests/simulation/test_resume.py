@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import toys
 
+import toys
 from hansa.simulation.run import Run, digest, list_runs, run
 from hansa.sinks.checkpoint import Checkpoints
 

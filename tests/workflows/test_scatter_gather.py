@@ -2,6 +2,7 @@
 """The participation policy of scatter-gather, on the local engine."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -153,3 +154,31 @@ async def test_going_on_from_a_snapshot_gives_the_same_bits(tmp_path, strategy):
     rest = await records(job, tmp_path / "half", start=snapshot)
     assert [record.round for record in rest] == [4, 5, 6]
     np.testing.assert_array_equal(rest[-1].model.params["w"], whole[-1].model.params["w"])
+
+
+class Forger:
+    """A cohort whose site s1 claims to have started from a model that doesn't exist yet."""
+
+    def __init__(self, cohort):
+        self._cohort = cohort
+        self.sites = cohort.sites
+        self.late = cohort.late
+        self.summarise = cohort.summarise
+
+    async def ask(self, plan, sites):
+        async for reply in self._cohort.ask(plan, sites):
+            forged = plan.task == "train" and getattr(reply, "site", "") == "s1"
+            yield dataclasses.replace(reply, version=plan.version + 1) if forged else reply
+
+
+async def test_an_update_from_the_future_is_rejected(tmp_path):
+    job = toys.job(rounds=1)
+    async with Local(job, tmp_path, toys.build(job)) as engine:
+        course = Course(job.name, tuple(engine.sites), job.strategy)
+        strategy, _ = course.pieces()
+        model = Model.start(await engine.initial())
+        start = Snapshot(0, model, strategy.init(model))
+        done = [r async for r in scatter_gather(job, strategy, Forger(engine.cohort(course)), start, tmp_path)]
+    assert done[0].accepted == ("s0", "s2")
+    assert done[0].absent[0].kind == "rejected"
+    assert "version 1" in done[0].absent[0].reason

@@ -13,8 +13,8 @@ therefore minimise Σ f_i / N, an objective other than FedAvg's Σ n_i f_i / Σ 
 means are weighed by examples here unless ``objective = "sites"`` asks for the paper's.
 
 Guard. SCAFFOLD is not uniformly safe (an independent reproduction has it at 33.8 ± 41 where FedAvg has 78.1).
-A round whose mean update is not finite, or is longer than ``guard`` times the longest of the first ``WARM_UP`` rounds, is not
-applied: the model stays, c and every c_i start again from zero, and the record says so.
+A round whose mean update is not finite, or is longer than ``guard`` times the longest of the first ``WARM_UP``
+rounds, is not applied: the model stays, c and every c_i start again from zero, and the record says so.
 
 | case | result |
 |---|---|

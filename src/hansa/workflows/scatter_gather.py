@@ -163,6 +163,9 @@ def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle)
             "(fedprox and scaffold accept partial work)"
         )
         return _reject(gathered, handle, reason)
+    if age < 0:
+        reason = f"claims to start from model version {header.version}, the newest is {plan.version}"
+        return _reject(gathered, handle, reason)
     try:
         gathered.fold.add(handle, 1.0 if age == 0 else (1.0 + age) ** -0.5)
     except (WireError, NonFiniteError) as error:
