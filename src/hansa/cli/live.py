@@ -28,12 +28,12 @@ MOST_ROWS = 14
 
 
 @contextlib.contextmanager
-def shown(console: Console, job: Job) -> Iterator[Progress]:
+def shown(console: Console, job: Job | None = None) -> Iterator[Progress]:
     """Give what shows progress on ``console``: a live screen where it is a terminal, lines where it is not.
 
     Args:
         console: where to; stderr, so that results on stdout stay clean.
-        job: tells which metric matters.
+        job: tells which metric matters, where there are rounds.
     """
     if not console.is_terminal or console.is_dumb_terminal:
         yield Lines(console, job)
@@ -81,8 +81,8 @@ class _Row:
 class _Tally:
     """What is known of a run so far: bytes sent, the last metrics, and whom they are of."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job.model_dump(mode="json")
+    def __init__(self, job: Job | None) -> None:
+        self._job = job.model_dump(mode="json") if job else None
         self.down = 0
         self.up = 0
         self._now_down = 0
@@ -105,6 +105,8 @@ class _Tally:
         self.up += record.bytes_up
         self._now_down = self._now_up = 0
         self.metrics = {**self.metrics, **record.metrics}
+        if self._job is None:
+            return
         self.metric = main_metric(self._job, self.metrics)
         if self.metric is not None and self.metric in record.metrics:
             value = record.metrics[self.metric]
@@ -127,7 +129,7 @@ class _Tally:
 class Lines:
     """One line a stage and a round, for logs."""
 
-    def __init__(self, console: Console, job: Job) -> None:
+    def __init__(self, console: Console, job: Job | None) -> None:
         self._console = console
         self._tally = _Tally(job)
         self._stage: _Stage | None = None
@@ -180,7 +182,7 @@ class Lines:
 class Screen:
     """A live screen: the stage's bar, the numbers so far, and a table of the sites of the round."""
 
-    def __init__(self, console: Console, job: Job) -> None:
+    def __init__(self, console: Console, job: Job | None) -> None:
         self._console = console
         self._tally = _Tally(job)
         self._stage: _Stage | None = None

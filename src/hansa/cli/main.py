@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -86,7 +86,7 @@ def _options(
 @app.command()
 def run(
     job: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer
+        list[str] | None,
         typer.Argument(metavar="JOB", help="A .toml, .yaml or .json job; with --resume also a run."),
     ] = None,
     overrides: Set = None,
@@ -167,6 +167,31 @@ def schema() -> None:
     from hansa.core import config
 
     console.emit(config.schema())
+
+
+@app.command()
+def quickstart(
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A causal language model on disk, in place of pre-training one."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A JSONL file, in place of the standard library's source text."),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="The column of --data whose values are the sites."),
+    ] = None,
+    text: Annotated[str, typer.Option(metavar="COLUMN", help="The column of --data that holds the text.")] = "text",
+    seed: Annotated[int, typer.Option(min=0, help="The seed, or the first of --seeds.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Run so many seeds, and show the mean.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Pre-train a small language model, fine-tune it over eight sites that keep their text, and show the report."""
+    from hansa.cli import quickstart as begin
+
+    begin.quickstart(begin.Wish(base, data, by, text, seed, seeds), as_json=as_json)
 
 
 if __name__ == "__main__":
