@@ -123,7 +123,7 @@ def test_bad_sections(folder: Path, section: dict[str, Any], message: str) -> No
     section = dict(section)
     partition = section.pop("partition", None)
     with pytest.raises(JobError, match=message):
-        SiteData(job(folder, partition, **section), ROLES).names
+        _ = SiteData(job(folder, partition, **section), ROLES).names
 
 
 def test_a_job_without_data_says_so(tmp_path: Path) -> None:

@@ -59,8 +59,7 @@ class ImageProcessor:
         if self.shortest_edge is None:
             image = image.resize((self.width, self.height), filter_)
         else:
-            scale = self.shortest_edge / min(image.size)
-            wide, high = (max(self.shortest_edge, round(side * scale)) for side in image.size)
+            wide, high = (self.shortest_edge * side // min(image.size) for side in image.size)
             left, top = (wide - self.width) // 2, (high - self.height) // 2
             image = image.resize((wide, high), filter_).crop((left, top, left + self.width, top + self.height))
         array = np.asarray(image, np.uint8)

@@ -13,16 +13,17 @@ from hansa.recipes.data import SiteData
 _SHOWN = 200
 
 
-def label_map(job: Job, role: str, roles: Sequence[str]) -> tuple[str, ...]:
+def label_map(job: Job, role: str, roles: Sequence[str], least: int = 2) -> tuple[str, ...]:
     """Return ``data.labels``.
 
     Args:
         job: the job.
         role: the role whose column holds labels.
         roles: all roles of the recipe.
+        least: the least number of labels that make sense.
 
     Raises:
-        JobError: it is missing (the labels that the first site has are suggested), has one label, or one twice.
+        JobError: it is missing (the labels that the first site has are suggested), too short, or has one twice.
     """
     labels = job.data.labels if job.data else None
     if not labels:
@@ -33,7 +34,7 @@ def label_map(job: Job, role: str, roles: Sequence[str]) -> tuple[str, ...]:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise JobError(f"data.labels has {twice[0]!r} twice.")
-    if len(labels) < 2:
+    if len(labels) < least:
         raise JobError(f"data.labels has one label, {labels[0]!r}; classification needs two.")
     return tuple(labels)
 

@@ -176,7 +176,7 @@ def load_model(
         raise JobError("Give either model.base (a pre-trained model) or model.config (one from scratch).")
     with seeded(job.seed, "model"), quiet():
         if job.model.base is None:
-            return auto.from_config(scratch_config(job, fields, tokenizer), dtype=dtype), []
+            return _from_scratch(auto, scratch_config(job, fields, tokenizer), dtype), []
         base = locate(job, job.model.base)
         with explained(base, "base model"):
             config = transformers.AutoConfig.from_pretrained(base.where, **base.options, **fields)
@@ -190,6 +190,14 @@ def load_model(
             )
     fresh = [*report["missing_keys"], *(each[0] for each in report["mismatched_keys"])]
     return model, sorted({name.rpartition(".")[0] for name in fresh})
+
+
+def _from_scratch(auto: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    try:
+        model: nn.Module = auto.from_config(config, dtype=dtype)
+    except (AssertionError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise JobError(f"transformers can't build a model from model.config: {_reason(error)}") from error
+    return model
 
 
 def scratch_config(job: Job, fields: Mapping[str, Any], tokenizer: Any | None) -> Any:
@@ -213,6 +221,8 @@ def scratch_config(job: Job, fields: Mapping[str, Any], tokenizer: Any | None) -
         specials = ("pad_token_id", "bos_token_id", "eos_token_id")
         defaults = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in specials}}
         given = {**{name: value for name, value in defaults.items() if name in known}, **given}
+        if isinstance(given.get("vocab_size"), int):
+            check_vocabulary(given["vocab_size"], tokenizer, str(job.model.tokenizer))
     try:
         return transformers.AutoConfig.for_model(kind, **given, **fields)
     except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
@@ -224,14 +234,17 @@ def load_text_model(
 ) -> tuple[nn.Module, list[str]]:
     """Return :func:`load_model`'s model after checking that the tokenizer and ``max_length`` fit it."""
     model, fresh = load_model(job, auto_class, fields, tokenizer)
-    check_vocabulary(model, tokenizer, job.model.tokenizer or str(job.model.base))
+    check_vocabulary(_vocabulary(model), tokenizer, job.model.tokenizer or str(job.model.base))
     check_length(model, max_length)
     return model, fresh
 
 
-def check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
-    """Raise ModelError if a token of the tokenizer has no row in the model's embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_vocabulary(rows: int, tokenizer: Any, name: str) -> None:
+    """Raise ModelError if a token of the tokenizer has none of the ``rows`` of the model's embedding."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ModelError(
@@ -245,7 +258,7 @@ def check_length(model: nn.Module, max_length: int) -> None:
     config: Any = model.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
-        raise JobError(f"recipe.max_length is {max_length} tokens; the model takes at most {positions}.")
+        raise JobError(f"recipe.max_length is {max_length} tokens; the model takes at most {positions}. Lower it.")
 
 
 def add_adapter(

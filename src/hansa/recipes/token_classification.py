@@ -61,7 +61,7 @@ def build(job: Job) -> Program:
     options = Options(**registry.checked("recipe.token-classification", Options, job.recipe.options))
     if options.max_length < 3:
         raise JobError(f"recipe.max_length must be at least 3, it is {options.max_length}.")
-    return FineTune(job, TokenClassification(_tags(labels.label_map(job, "tags", _ROLES)), options.max_length))
+    return FineTune(job, TokenClassification(_tags(labels.label_map(job, "tags", _ROLES, least=1)), options.max_length))
 
 
 def _tags(given: Sequence[str]) -> tuple[str, ...]:
