@@ -23,6 +23,7 @@ from hansa.simulation.progress import Progress
 from hansa.sinks.summary import main_metric, mode_of
 from hansa.sinks.text import duration, number, size
 
+ABSENT = "yellow"
 MOST_ROWS = 14
 """How many sites the live table shows."""
 
@@ -206,6 +207,8 @@ class Screen:
         self._tally.ask(plan, sites)
         for site in sites:
             row = self._rows.setdefault(site, _Row())
+            if plan.task == "evaluate" and row.style == ABSENT:
+                continue
             row.doing, row.style = ("to train", "dim") if plan.task == "train" else ("to evaluate", "dim")
 
     def reply(self, plan: Plan, reply: Reply) -> None:
@@ -213,13 +216,13 @@ class Screen:
         self._tally.reply(plan, reply)
         if isinstance(reply, Absence):
             self._rows.setdefault(reply.site, _Row()).doing = f"{reply.kind}: {reply.reason}"
-            self._rows[reply.site].style = "yellow"
+            self._rows[reply.site].style = ABSENT
             self._console.print(
-                Text(f"  ! round {plan.round}: {reply.site} is {reply.kind}: {reply.reason}", "yellow"), soft_wrap=True
+                Text(f"  ! round {plan.round}: {reply.site} is {reply.kind}: {reply.reason}", ABSENT), soft_wrap=True
             )
             return
         row = self._rows.setdefault(reply.header.site, _Row())
-        if row.style != "yellow":
+        if row.style != ABSENT:
             row.doing, row.style = ("trained", "green") if plan.task == "train" else ("evaluated", "green")
         if plan.task == "train":
             row.seconds = reply.header.seconds
@@ -282,7 +285,7 @@ class Screen:
         table.add_column("", no_wrap=True, max_width=40)
         for title in ("training loss", self._tally.metric or "held-out", "seconds"):
             table.add_column(title, justify="right", no_wrap=True)
-        absent = [site for site, row in self._rows.items() if row.style == "yellow"]
+        absent = [site for site, row in self._rows.items() if row.style == ABSENT]
         others = [site for site in sorted(self._rows) if site not in absent]
         names = [*absent, *others]
         for site in sorted(names[:MOST_ROWS]):

@@ -186,12 +186,13 @@ def quickstart(
     text: Annotated[str, typer.Option(metavar="COLUMN", help="The column of --data that holds the text.")] = "text",
     seed: Annotated[int, typer.Option(min=0, help="The seed, or the first of --seeds.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Run so many seeds, and show the mean.")] = 1,
+    overrides: Set = None,
     as_json: Json = False,
 ) -> None:
     """Pre-train a small language model, fine-tune it over eight sites that keep their text, and show the report."""
     from hansa.cli import quickstart as begin
 
-    begin.quickstart(begin.Wish(base, data, by, text, seed, seeds), as_json=as_json)
+    begin.quickstart(begin.Wish(base, data, by, text, seed, seeds, overrides or []), as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hansa import registry
 from hansa.cli import console, live, running
+from hansa.core import config
 from hansa.core.config import Job
 from hansa.errors import InterruptedRunError, JobError
 from hansa.simulation.progress import Progress
@@ -38,6 +39,7 @@ class Wish:
         text: the column of ``data`` that holds the text.
         seed: the first seed.
         seeds: how many seeds are run, one after another.
+        overrides: ``a.b=value`` changes to the job.
     """
 
     base: Path | None
@@ -46,6 +48,7 @@ class Wish:
     text: str
     seed: int
     seeds: int
+    overrides: Sequence[str]
 
 
 def quickstart(wish: Wish, *, as_json: bool) -> None:
@@ -56,7 +59,7 @@ def quickstart(wish: Wish, *, as_json: bool) -> None:
     """
     if (wish.data is None) != (wish.by is None):
         raise JobError("--data and --by go together: a JSONL file, and its column whose values are the sites.")
-    jobs = _jobs(wish)
+    jobs = [_changed(job, wish.overrides) for job in _jobs(wish)]
     finished = [running.carry_out(job) for job in jobs]
     if as_json:
         documents = [running.document(run) for run in finished]
@@ -68,6 +71,10 @@ def quickstart(wish: Wish, *, as_json: bool) -> None:
         to.print()
         to.print(_seed_table(jobs, finished))
     _suggest(to, finished[-1].directory)
+
+
+def _changed(job: Job, overrides: Sequence[str]) -> Job:
+    return config.parse(config.override(job.model_dump(mode="json"), overrides)) if overrides else job
 
 
 def _jobs(wish: Wish) -> list[Job]:

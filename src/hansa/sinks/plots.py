@@ -41,6 +41,7 @@ _STYLE = {
     "grid.alpha": 0.13,
     "grid.linewidth": 0.6,
     "text.color": INK,
+    "text.parse_math": False,  # names are names, with or without a dollar sign
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": 8.5,
