@@ -60,7 +60,7 @@ PATIENCE = 5
 
 _LOG = logging.getLogger("hansa.script")
 _POLL_S = 0.05
-_END_S = 5.0
+_END_S = 15.0
 _TAIL_LINES = 12
 _COUNT = "{}.count"
 

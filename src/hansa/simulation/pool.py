@@ -39,7 +39,7 @@ PATIENCE = 4
 
 MAX_FAILED_STARTS = 3
 
-_CLOSE_S = 8.0
+_CLOSE_S = 20.0
 _EXIT_S = 1.0
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "

@@ -164,9 +164,9 @@ class Processes:
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics. Those of single sites came with their answers and cost nothing."""
-        known = self._metrics.pop(frozenset(sums.items()), None)
+        known = self._metrics.get(frozenset(sums.items()))
         if known is not None:
-            return known
+            return dict(known)
         for _ in range(_ATTEMPTS - 1):
             with contextlib.suppress(WorkerEndedError):
                 return await self._summarise(sums)
@@ -185,10 +185,10 @@ class Processes:
         return num_threads(self._job.engine, site)
 
     def remember(self, answer: Answered) -> None:
-        """Keep the metrics that came with an answer until they are asked for, once."""
+        """Keep the metrics that came with an answer until they are asked for."""
         if answer.metrics is not None:
             if len(self._metrics) > 2 * len(self.sites) + 16:
-                self._metrics.clear()
+                del self._metrics[next(iter(self._metrics))]
             self._metrics[frozenset(answer.sums.items())] = answer.metrics
 
     async def _somewhere(self, request: Callable[[int, int], Work]) -> Answer:

@@ -65,11 +65,12 @@ class _Line:
 
     def receive(self) -> Start | Work | Summarise | Close | None:
         """Return the next message, or None when the engine is gone."""
-        head = self._file.read(LENGTH.size)
-        if len(head) < LENGTH.size:
+        try:
+            head = self._file.read(LENGTH.size)
+            body = self._file.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else None
+        except OSError:
             return None
-        body = self._file.read(LENGTH.unpack(head)[0])
-        return TO_WORKER.decode(body)
+        return None if body is None else TO_WORKER.decode(body)
 
     def send(self, message: msgspec.Struct) -> None:
         """Send ``message``; threads take turns."""
