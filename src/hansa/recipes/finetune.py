@@ -171,10 +171,11 @@ class FineTune:
 
     @property
     def traits(self) -> frozenset[Trait]:
-        """One site at a time; adaptive steps unless the optimiser is plain SGD."""
+        """One site at a time; adaptive steps unless the optimiser is plain SGD; timed if seconds are limited."""
         train = self._job.train
-        plain = train.optimizer == "sgd" and not train.momentum
-        return frozenset({Trait.STEPWISE} if plain else {Trait.STEPWISE, Trait.ADAPTIVE_STEPS})
+        adaptive = train.optimizer != "sgd" or bool(train.momentum)
+        found = {Trait.STEPWISE: True, Trait.ADAPTIVE_STEPS: adaptive, Trait.TIMED: train.max_seconds is not None}
+        return frozenset(trait for trait, holds in found.items() if holds)
 
     @property
     def sites(self) -> Sequence[str]:
@@ -196,20 +197,20 @@ class FineTune:
 
     def inspect(self, site: str) -> SiteReport:
         """Load a site's rows and check every one against the job."""
-        split = self._split(site)
-        labels = self._task.labels(split.train)
-        self._task.labels(split.test)
+        with _at(site):
+            split = self._split(site)
+            labels = self._task.labels(split.train)
+            self._task.labels(split.test)
         return SiteReport(site, {"train": len(split.train), "test": len(split.test)}, labels)
 
     def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
         """Train from ``plan.params`` on the training examples of the site, or of all for ``EVERYONE``."""
-        each = self.sites if site == EVERYONE else [site]
-        examples = list(itertools.chain.from_iterable(self._examples(name).train for name in each))
-        section = self._job.train
-        tuned = self._tuned
-        labels = (plan.round, site)
-        order = shuffled(len(examples), section.batch_size, plan.seed, "order", *labels)
-        with _at(site, plan), local.seeded(plan.seed, "train", *labels):
+        section, labels = self._job.train, (plan.round, site)
+        with _at(site, plan.round), local.seeded(plan.seed, "train", *labels):
+            each = self.sites if site == EVERYONE else [site]
+            examples = list(itertools.chain.from_iterable(self._examples(name).train for name in each))
+            order = shuffled(len(examples), section.batch_size, plan.seed, "order", *labels)
+            tuned = self._tuned
             tuned.set(plan.params)
             done = local.train(
                 tuned.model,
@@ -225,10 +226,10 @@ class FineTune:
 
     def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
         """Return sums over the site's held-out examples."""
-        examples = self._examples(site).test
         size = self._job.train.eval_batch_size
-        batches = (self._batch(examples[i : i + size]) for i in range(0, len(examples), size))
-        with _at(site, plan):
+        with _at(site, plan.round):
+            examples = self._examples(site).test
+            batches = (self._batch(examples[i : i + size]) for i in range(0, len(examples), size))
             self._tuned.set(plan.params)
             return local.evaluate(self._tuned.model, batches, self._task.score)
 
@@ -286,7 +287,11 @@ class FineTune:
             split = self._split(site)
             train, test = (self._task.examples(table, self._processor) for table in (split.train, split.test))
             if not len(train):
-                raise DataError("The site's rows give no examples to train on: they hold no text.", site=site)
+                raise DataError(
+                    "The site's rows give no examples to train on: they hold no text, or what is to be trained lies "
+                    "beyond recipe.max_length.",
+                    site=site,
+                )
             self._sites[site] = _Site(train, sorted(test, key=self._task.size))
         return self._sites[site]
 
@@ -296,11 +301,11 @@ class FineTune:
 
 
 @contextlib.contextmanager
-def _at(site: str, plan: Plan) -> Iterator[None]:
+def _at(site: str, round: int | None = None) -> Iterator[None]:
     """Add site and round to errors that don't know them."""
     try:
         yield
     except HansaError as error:
         error.site = error.site or site
-        error.round = plan.round if error.round is None else error.round
+        error.round = round if error.round is None else error.round
         raise
