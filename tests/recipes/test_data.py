@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 
 from hansa.core.config import Job, parse
 from hansa.errors import DataError, JobError
@@ -105,6 +106,28 @@ def test_saved_data_sets_are_found_by_their_folder_and_split(tmp_path: Path) -> 
     assert found == {"saved": (["train"] * 3, ["extra"] * 3)}
 
 
+def test_a_glob_of_image_folders_is_a_site_each(tmp_path: Path) -> None:
+    for site in ("berlin", "ulm"):
+        folder = tmp_path / "clinics" / site / "ill"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (2, 2)).save(folder / f"{i}.png")
+    sites = SiteData(job(tmp_path, train="clinics/*"), ("image", "label"))
+    assert sites.names == ["berlin", "ulm"]
+    assert sites.load("ulm").train.column("label") == ["ill", "ill"]
+
+
+def test_a_folder_that_datasets_understands_is_loaded_by_name_and_split(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    (folder / "pile").mkdir()
+    for split in ("train", "validation"):
+        write(folder / "pile" / f"{split}.jsonl", [split] * 3)
+    found = loaded(SiteData(job(folder, train="pile", test="pile:validation", format="hub"), ROLES))
+    assert found == {"pile": (["train"] * 3, ["validation"] * 3)}
+
+
 def test_a_folder_of_files_is_a_site_each(folder: Path) -> None:
     (folder / "notes.md").write_text("not data")
     assert SiteData(job(folder, train="."), ROLES).names == ["berlin", "exam", "ulm"]
@@ -136,6 +159,8 @@ BAD_DATA: list[tuple[dict[str, Any], str]] = [
     ({"train": "imdb"}, "has no 'imdb'.*For a data set on the hub set data.format = 'hub'"),
     ({"train": "dat/ulm.jsonl"}, "has no 'dat'"),
     ({"train": "*.csv"}, "matches no file"),
+    ({"train": "ulm.jsonl", "format": "arrow"}, "is a file; data of format 'arrow' are a folder"),
+    ({"train": "ulm.jsonl:train"}, "has no 'ulm.jsonl:train'"),
     ({"train": "notes.md"}, "suffix does not tell its format. Set data.format"),
     ({"train": {"ulm": "empty.jsonl"}}, "site ulm: The site has no examples to train on in empty.jsonl"),
     ({"train": {"ulm": "one.jsonl"}}, "site ulm: The site has one row .*one.jsonl, line 1.*data.test_fraction = 0"),

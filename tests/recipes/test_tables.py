@@ -171,7 +171,8 @@ def test_image_folders_and_npz(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_saved_data_sets_and_folders_that_datasets_understands(tmp_path: Path) -> None:
+def test_saved_data_sets_and_folders_that_datasets_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     made = datasets.Dataset.from_dict({"x": [1, 2, 3]})
     datasets.disable_progress_bars()
     datasets.DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(str(tmp_path / "saved"))

@@ -192,31 +192,45 @@ class SiteData:
         return table.take(np.sort(order[: self._data.limit]))
 
     def _resolve(self, spec: Spec, split: str) -> list[Input]:
-        return [each for item in ([spec] if isinstance(spec, str) else spec) for each in self._find(item, split)]
+        items = [spec] if isinstance(spec, str) else spec
+        try:
+            return [each for item in items for each in self._find(item, split)]
+        except OSError as error:
+            raise DataError(f"{error.filename} can't be read: {error.strerror}.") from None
 
     def _find(self, item: str, split: str) -> list[Input]:
-        path, kind = self._job.path(item), self._data.format
-        if kind == "hub" or (kind in (None, "arrow") and not path.exists() and ":" in item):
-            name, _, named = item.partition(":")
-            folder = self._job.path(name)
-            if kind != "hub" and folder.is_dir():
-                return [Input(folder.name, lambda: tables.saved_dataset(folder, named))]
-            if kind == "hub":
-                return [_hub(str(folder) if folder.is_dir() else name, named or split)]
-        if path.is_dir():
-            if kind == "arrow" or (kind is None and _is_saved_dataset(path)):
-                return [Input(path.name, lambda: tables.saved_dataset(path, split))]
-            if kind == "images" or (kind is None and _is_image_folder(path)):
-                return [Input(path.name, lambda: tables.read(path, "images"))]
-            files = sorted(each for each in path.iterdir() if each.is_file() and (kind or _kind(each)))
-            return [self._file(each) for each in _some(files, path)]
-        if path.is_file():
-            return [self._file(path)]
+        path = self._job.path(item)
+        if self._data.format == "hub":
+            return [self._hub(item, split)]
+        if path.exists():
+            return self._at(path, split)
+        name, _, named = item.rpartition(":")
+        if name and _is_saved_dataset(self._job.path(name)):
+            return self._at(self._job.path(name), named)
         if any(sign in item for sign in "*?["):
             root = Path(path.anchor) if path.is_absolute() else Path()
             pattern = path.relative_to(path.anchor) if path.is_absolute() else path
-            return [self._file(each) for each in _some(sorted(root.glob(str(pattern))), path)]
+            found = _some(sorted(root.glob(str(pattern))), path)
+            return [each for match in found for each in self._at(match, split)]
         raise DataError(_absent(item, path))
+
+    def _hub(self, item: str, split: str) -> Input:
+        name, _, named = item.partition(":")
+        name, _, config = name.partition("@")
+        folder = self._job.path(name)
+        where = str(folder) if folder.is_dir() else name
+        return Input(Path(name).name, lambda: tables.hub_dataset(where, config or None, named or split))
+
+    def _at(self, path: Path, split: str) -> list[Input]:
+        kind = self._data.format
+        if path.is_file():
+            return [self._file(path)]
+        if kind == "arrow" or (kind is None and _is_saved_dataset(path)):
+            return [Input(path.name, lambda: tables.saved_dataset(path, split))]
+        if kind == "images" or (kind is None and _is_image_folder(path)):
+            return [Input(path.name, lambda: tables.read(path, "images"))]
+        files = sorted(each for each in path.iterdir() if each.is_file() and (kind or _kind(each)))
+        return [self._file(each) for each in _some(files, path)]
 
     def _file(self, path: Path) -> Input:
         kind = self._data.format or _kind(path)
@@ -225,12 +239,9 @@ class SiteData:
                 f"{path}: its suffix does not tell its format. Set data.format (known suffixes: "
                 f"{', '.join(tables.SUFFIXES)}, each also with .gz)."
             )
+        if kind in ("arrow", "images"):
+            raise DataError(f"{path} is a file; data of format {kind!r} are a folder. Give the folder, or data.format.")
         return Input(tables.stem_of(path), lambda: tables.read(path, kind, self._text_rows))
-
-
-def _hub(item: str, split: str) -> Input:
-    name, _, config = item.partition("@")
-    return Input(name.rpartition("/")[2], lambda: tables.hub_dataset(name, config or None, split))
 
 
 def _kind(path: Path) -> str | None:
@@ -266,20 +277,15 @@ def _shown(spec: Spec) -> str:
     return spec if isinstance(spec, str) else ", ".join(spec)
 
 
-def texts(table: Table, role: str, *, empty: bool = True) -> list[str]:
-    """Return a column of text.
-
-    Args:
-        table: the rows.
-        role: the role, e.g. ``text``.
-        empty: whether empty text is allowed.
+def texts(table: Table, role: str) -> list[str]:
+    """Return a column of text; empty text is text.
 
     Raises:
         DataError: a value is missing or is no text; file and line are named.
     """
     values = table.column(role)
     for index, value in enumerate(values):
-        if not isinstance(value, str) or not (empty or value):
+        if not isinstance(value, str):
             raise _wrong(table, index, role, value, "text")
     return values
 
