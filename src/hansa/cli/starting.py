@@ -125,7 +125,7 @@ def text(path: Path, recipe: str) -> str:
         if section is None:
             lines += _setting(key, key, field, values)
         else:
-            tables += [f"\n[{key}]", *_settings(key, section, values.get(key, {}))]
+            tables += ["", *_settings(key, section, values.get(key, {}))]
     return "\n".join([*lines, *tables]) + "\n"
 
 
@@ -136,7 +136,8 @@ def _section(field: FieldInfo) -> type[Section] | None:
 
 def _settings(table: str, section: type[Section], values: Mapping[str, Any]) -> Iterator[str]:
     if section.__doc__:
-        yield f"## {section.__doc__.splitlines()[0]}"
+        yield f"## {section.__doc__.splitlines()[0].replace('``', '')}"
+    yield f"[{table}]"
     for key, field in section.model_fields.items():
         yield from _setting(key, f"{table}.{key}", field, values)
 

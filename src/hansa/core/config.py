@@ -86,7 +86,9 @@ class ModelSection(Section):
         None, description="A directory, a hub name, or 'bytes' (byte level). The base's own by default."
     )
     adapter: Adapter | None = Field(None, description="Train an adapter only; all parameters if left out.")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="What parameters are kept and sent in; the server adds up in float32."
+    )
     factory: str | None = Field(
         None,
         description="For scripts: FILE.py:CALLABLE or a .safetensors file that gives the first parameters.",
@@ -102,7 +104,7 @@ class DataSection(Section):
     test: str | list[str] | dict[Name, str] | None = Field(
         None, description="Held-out data, in the same form. If left out, test_fraction of each site's rows."
     )
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="Held out where test is left out.")
     format: (
         Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "images", "hub", "arrow", "npz"] | None
     ) = Field(None, description="Taken from the file's suffix if left out.")
@@ -117,11 +119,11 @@ class DataSection(Section):
 class TrainSection(Section):
     """What a site does in one round."""
 
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="scaffold needs sgd without momentum.")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="The sites' learning rate.")
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    batch_size: Annotated[int, Field(gt=0)] = 8
+    batch_size: Annotated[int, Field(gt=0)] = Field(8, description="Examples a step.")
     steps: Annotated[int, Field(gt=0)] | None = Field(None, description="Local steps a round.")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Or: passes over the site's data.")
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="Clip the gradient's norm at each step.")
@@ -164,14 +166,18 @@ class CohortSection(Section):
 class SiteResources(Section):
     """A site's share of this machine, in simulation."""
 
-    cpus: Annotated[int, Field(gt=0)] | None = None
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    cpus: Annotated[int, Field(gt=0)] | None = Field(None, description="CPU threads, in place of engine.threads.")
+    gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="A share of a GPU, or a number of GPUs.")
 
 
 class EngineSection(Section):
     """Where sites run in simulation."""
 
-    name: Literal["local", "processes", "batched"] = "local"
+    name: Literal["local", "processes", "batched"] = Field(
+        "local",
+        description="local: one site after another in this process; processes: warm workers side by side; batched: "
+        "many small sites as one computation.",
+    )
     threads: Annotated[int, Field(gt=0)] = Field(1, description="CPU threads a site trains with; part of the result.")
     workers: Annotated[int, Field(gt=0)] | None = Field(
         None, description="For processes: how many; as many as the machine has room for by default."
@@ -184,7 +190,7 @@ class EvaluationSection(Section):
 
     every: Annotated[int, Field(ge=0)] = Field(1, description="Every so many rounds; 0 is after the last only.")
     metric: str = Field("loss", description="Which metric selects the best round.")
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = Field("min", description="Whether lower or higher is better.")
     patience: Annotated[int, Field(gt=0)] | None = Field(
         None, description="Stop after so many evaluations without a better one."
     )
@@ -204,7 +210,7 @@ class OutputSection(Section):
     dir: str = Field("runs", description="The folder that holds runs, relative to the current one.")
     keep: Annotated[int, Field(ge=1)] = Field(2, description="Checkpoints kept beside the best.")
     model: Literal["last", "best"] = Field("last", description="Which round's model is saved and reported.")
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="Write TensorBoard event files into the run's folder.")
 
 
 class Job(Section):
@@ -215,9 +221,11 @@ class Job(Section):
     """
 
     format: Literal[1] = FORMAT
-    name: Name
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    rounds: Annotated[int, Field(gt=0)] = 10
+    name: Name = Field(description="What runs are called: NAME-0001, NAME-0002, ...")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
+        0, description="All draws of training come from it: the same job gives the same bits."
+    )
+    rounds: Annotated[int, Field(gt=0)] = Field(10, description="How often the sites train and the server adds up.")
     recipe: Choice
     model: ModelSection = ModelSection()
     data: DataSection | None = None
