@@ -28,6 +28,7 @@ Names and meanings follow the client API of NVIDIA FLARE, so that a script for i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -107,8 +108,9 @@ class _Session:
         poll.register(self._link.connection.fileno(), 0)  # a hang-up is told without being asked for
         poll.poll()
         if not self._ended:
-            print("hansa.client: the process that runs the federation is gone; the script ends.", file=sys.stderr)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError, ValueError):  # whoever read what the script prints may be gone, too
+                print("hansa.client: the process that runs the federation is gone; the script ends.", file=sys.stderr)
+                sys.stderr.flush()
             os._exit(1)
 
     def wait(self) -> bool:

@@ -14,7 +14,7 @@ through :mod:`hansa.client`. What it prints goes to the run's ``sites.log``. Its
 | it ends without an error, having answered before | it is started anew for the next task: a script without a loop |
 | it does not answer | ended after ``timeout_s``, or ``PATIENCE`` deadlines of the cohort; else never |
 | a tensor is missing, unknown, of another shape | no update from the site in this round; the tensor is named |
-| an integer buffer | taken from a FULL model if it is there; never averaged |
+| an integer buffer | taken from a FULL model if it comes as integers; never averaged |
 | ``is_evaluate()`` | asked for at ``evaluation.every``; what the script sends as metrics is used, parameters are not |
 | it sends no metrics | there are none; nothing else changes |
 """
@@ -362,7 +362,7 @@ def _after(name: str, before: Array, leaf: Array, kind: str | None, site: str) -
             f"The script sent {name!r} with shape {list(leaf.shape)}; it must be {list(before.shape)}.", site=site
         )
     if not trees.is_floating(before.dtype):
-        return before if kind == "DIFF" else leaf.astype(before.dtype)
+        return before if kind == "DIFF" or trees.is_floating(leaf.dtype) else leaf.astype(before.dtype)
     if kind == "DIFF":
         wide = trees.wide(before.dtype)
         return np.asarray(before.astype(wide, copy=False) + leaf.astype(wide, copy=False))
