@@ -52,8 +52,8 @@ def test_what_init_writes_is_a_job(hansa, folder, recipe):
     job = config.load(Path("my job.toml"))
     assert job.name == "my-job"
     assert job.recipe.name == recipe
-    assert job.model.base
-    assert job.baselines.local
+    assert job.model.base or job.model.factory == "train.py:Model"
+    assert job.baselines.local == (recipe != "script")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -61,21 +61,23 @@ def test_every_setting_that_init_comments_out_can_be_set(recipe):
     lines = text(Path("job.toml"), recipe).splitlines()
     values = tomllib.loads("\n".join(lines))
     seen = set()
-    table = ""
+    table, commented = "", False
     for line in lines:
-        if line.startswith("["):
-            table = line.strip("[]")
+        if line.removeprefix("# ").startswith("["):
+            table = line.strip("# []")
+            commented = line.startswith("#")
         if not line.startswith("# ") or " = " not in line:
             continue
         setting = tomllib.loads(line[2:])
         (key,) = setting
-        changed = {**values, table: {**values[table], **setting}} if table else {**values, **setting}
+        needed = {"train": "a.jsonl"} if commented else {}
+        changed = {**values, table: {**needed, **values.get(table, {}), **setting}} if table else {**values, **setting}
         if key in ("steps", "epochs"):
             changed["train"].pop("epochs" if key == "steps" else "steps", None)
         config.parse(changed)
         seen.add(f"{table}.{key}" if table else key)
-    assert {"seed", "partition", "train.epochs" if recipe == "causal-lm" else "train.steps"} <= seen
-    written = {*seen, *values, *(f"{table}.{key}" for table in values for key in values[table] if table in TABLES)}
+    assert {"seed", "partition", "data.limit", "cohort.deadline_s"} <= seen
+    written = {*seen, *values, *TABLES, *(f"{t}.{key}" for t in TABLES for key in values.get(t, {}))}
     assert {*config.Job.model_fields, *(f"{t}.{k}" for t, kind in TABLES.items() for k in kind)} - written == {
         "directory"
     }
@@ -94,9 +96,10 @@ TABLES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_recipe_takes_what_init_sets(recipe):
+def test_the_recipe_takes_what_init_sets(folder, recipe):
+    (folder / "train.py").write_text("class Model:\n    pass\n")
     module = importlib.import_module(f"hansa.recipes.{recipe.replace('-', '_')}")
-    module.build(config.parse(tomllib.loads(text(Path("job.toml"), recipe))))
+    module.build(config.parse(tomllib.loads(text(Path("job.toml"), recipe)))).close()
 
 
 def test_init_overwrites_nothing(hansa, folder):

@@ -111,9 +111,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("job.toml"),
     recipe: Annotated[
         str,
-        typer.Option(
-            help="What the job trains: causal-lm, sequence-classification, token-classification, image-classification."
-        ),
+        typer.Option(help="The job's recipe: causal-lm, (sequence, token or image)-classification, script."),
     ] = "causal-lm",
     as_json: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from hansa import registry
 from hansa.core.config import Job, Section
@@ -49,6 +50,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "data": {"train": {"site-a": "images/site-a", "site-b": "images/site-b"}, "labels": ["cat", "dog"]},
         "train": {"lr": 5e-5, "epochs": 1.0},
     },
+    "script": {
+        "recipe": {"name": "script", "path": "train.py", "sites": 4},
+        "model": {"factory": "train.py:Model"},
+        "baselines": {"local": False},
+    },
 }
 
 EXAMPLES: Mapping[str, Any] = {
@@ -59,6 +65,7 @@ EXAMPLES: Mapping[str, Any] = {
     "model.tokenizer": "bytes",
     "model.adapter": LORA,
     "model.factory": "model.py:build",
+    "data.train": {"site-a": "a.jsonl", "site-b": "b.jsonl"},
     "data.test": "held-out/*.jsonl",
     "data.format": "jsonl",
     "data.labels": ["negative", "positive"],
@@ -137,7 +144,8 @@ def _section(field: FieldInfo) -> type[Section] | None:
 def _settings(table: str, section: type[Section], values: Mapping[str, Any]) -> Iterator[str]:
     if section.__doc__:
         yield f"## {section.__doc__.splitlines()[0].replace('``', '')}"
-    yield f"[{table}]"
+    needed = {key for key, field in section.model_fields.items() if field.is_required()}
+    yield f"[{table}]" if needed <= set(values) else f"# [{table}]"
     for key, field in section.model_fields.items():
         yield from _setting(key, f"{table}.{key}", field, values)
 
@@ -151,7 +159,7 @@ def _setting(key: str, where: str, field: FieldInfo, values: Mapping[str, Any]) 
         yield f"{key} = {toml(values[key])}"
         return
     default = field.get_default(call_default_factory=True)
-    if default is None or default in ([], {}):
+    if default is PydanticUndefined or default is None or default in ([], {}):
         default = EXAMPLES.get(where, default)
     elif hasattr(default, "model_dump"):
         default = default.model_dump()
