@@ -13,6 +13,7 @@ import toys
 from hansa.cli import live
 from hansa.core.values import Plan
 from hansa.simulation.run import run
+from hansa.sinks.text import number
 
 JOB = {"rounds": 3, "baselines": {"base": True, "local": True}}
 
@@ -56,7 +57,7 @@ def test_a_terminal_shows_stages_sites_bytes_and_metrics(tmp_path):
     losses = [float(x) for x in re.findall(r"  loss ([\d.]+)", "".join(screens))]
     assert len(losses) == 3
     assert losses == sorted(losses, reverse=True)
-    assert re.findall(r"best ([\d.]+)", screens[2]) == [f"{losses[2]:#.4g}"]
+    assert re.findall(r"best ([\d.]+)", screens[2]) == [number(losses[2])]
 
 
 def test_an_absent_site_stays_on_the_screen(tmp_path):

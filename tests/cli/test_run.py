@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-import shell
 import yaml
 
+import shell
 import toys
 from hansa.cli.starting import toml
 from hansa.simulation.run import Run, list_runs
 from hansa.sinks.summary import summary
+from hansa.sinks.text import number
 
 
 def test_a_run_ends_with_the_comparison_and_says_where_things_are(hansa, folder):
@@ -26,7 +27,7 @@ def test_a_run_ends_with_the_comparison_and_says_where_things_are(hansa, folder)
     (run,) = list_runs(Path("runs"))
     assert run.state == "finished"
     federated = summary(run.report).row("federated")
-    assert f"{federated.everyone:#.4g}" in done.out
+    assert number(federated.everyone) in done.out
     for name in ("report.html", "report.json", "model"):
         assert (run.directory / name).exists()
         assert str(run.directory / name) in done.out
@@ -134,7 +135,8 @@ def test_a_second_ctrl_c_ends_at_once(folder):
     assert child.wait(timeout=60) == 130
     assert time.monotonic() - begun < 3
     child.stderr.close()
-    assert list_runs(folder / "runs")[0].state == "interrupted"
+    (run,) = list_runs(folder / "runs")
+    assert run.state in ("interrupted", "killed")  # it may have had no time to say so itself
 
 
 @pytest.mark.parametrize("words", [["job.json", "--resume"], ["--resume"], ["--resume", "toy-0001"]])

@@ -37,13 +37,15 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a metric with four significant digits, and nothing for None.
+    """Return a metric with four digits that say something, and nothing for None.
 
     >>> number(8.83123), number(0.000123456), number(1234.5), number(None)
     ('8.831', '0.0001235', '1234', '')
-    >>> number(8.8), number(0.0)
-    ('8.800', '0')
+    >>> number(8.8), number(0.0964), number(0.0)
+    ('8.800', '0.0964', '0')
     """
     if value is None:
         return ""
-    return f"{value:.0f}" if value == 0 or abs(value) >= 1000 else f"{value:#.4g}"
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1 else f"{value:#.4g}"
