@@ -82,7 +82,10 @@ def main() -> None:
     for engine in asked.engines:
         for strategy in asked.strategies:
             taken, used = asyncio.run(seconds(engine, strategy, asked.clients, asked.rounds, asked.threads))
-            print(f"| {engine} | {strategy} | {statistics.median(taken):.2f} | {min(taken):.2f} | {used:.2f} |", flush=True)
+            print(
+                f"| {engine} | {strategy} | {statistics.median(taken):.2f} | {min(taken):.2f} | {used:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ WEIGHT_SCALE = 1024.0
 def perform(
     program: Program, strategy: Strategy, pieces: Sequence[Filter], plan: Plan, site: str, memory: Memory
 ) -> tuple[Update, Memory, Tree]:
-    """Do one plan at one site: return the update as it is sent, the site's new memory, the trained parameters.
+    """Do one plan at one site.
+
+    Returns:
+        the update as it is sent, the site's new memory, and the trained parameters where the plan has them passed on.
 
     Raises:
         NonFiniteError: the loss, the parameters or a metric became NaN or infinite; nothing is to be sent.
@@ -42,8 +45,11 @@ def perform(
     context = begin(strategy, plan, memory)
     correction = Correction(context, strategy.rule.adjust) if strategy.rule.adjust else None
     work = program.train(site, plan, correction)
-    update, memory = complete(strategy, pieces, plan, site, context, work, memory)
-    return replace(update, seconds=time.perf_counter() - begun), memory, work.params
+    trained = work.params if plan.outbox is not None else {}
+    finished = finish(strategy, plan, site, context, work)
+    work = replace(work, params={})  # let go of: a large model's filters then have room
+    update, memory = encode(strategy, pieces, plan, site, work, finished, memory)
+    return replace(update, seconds=time.perf_counter() - begun), memory, trained
 
 
 def begin(strategy: Strategy, plan: Plan, memory: Memory) -> Parts:
@@ -51,17 +57,32 @@ def begin(strategy: Strategy, plan: Plan, memory: Memory) -> Parts:
     return strategy.rule.begin(plan.params, plan.parts, memory.get(STRATEGY, {}))
 
 
-def complete(
-    strategy: Strategy, pieces: Sequence[Filter], plan: Plan, site: str, context: Parts, work: Work, memory: Memory
-) -> tuple[Update, Memory]:
-    """Turn finished local work into the update that is sent and the memory that is kept.
+def finish(strategy: Strategy, plan: Plan, site: str, context: Parts, work: Work) -> tuple[Parts, Parts]:
+    """Return the parts of a site's update, before any filter, and what the strategy keeps at the site.
 
     Raises:
-        NonFiniteError: the parameters or a metric became NaN or infinite; nothing is to be sent.
+        NonFiniteError: a metric is NaN or infinite.
         DataError: the site trained on nothing.
     """
     _check(work, plan, site)
-    parts, kept = strategy.rule.finish(context, plan.params, work.params, work.steps)
+    return strategy.rule.finish(context, plan.params, work.params, work.steps)
+
+
+def encode(
+    strategy: Strategy,
+    pieces: Sequence[Filter],
+    plan: Plan,
+    site: str,
+    work: Work,
+    finished: tuple[Parts, Parts],
+    memory: Memory,
+) -> tuple[Update, Memory]:
+    """Pass what :func:`finish` returned through the filters: the update that is sent, the memory that is kept.
+
+    Raises:
+        NonFiniteError: a tensor of the update is NaN or infinite; nothing is to be sent.
+    """
+    parts, kept = finished
     update = Update(
         site=site,
         round=plan.round,

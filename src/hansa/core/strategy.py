@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from hansa.core import tree as trees
 from hansa.core.fit import Trait
 from hansa.core.optimizer import Optimizer
@@ -86,7 +88,7 @@ class Strategy:
 
 def descend(optimizer: Optimizer, model: Model, state: Parts, mean: Tree) -> tuple[Model, Parts]:
     """Apply ``optimizer`` to the model with minus the mean update as the gradient."""
-    grads = {name: -leaf for name, leaf in mean.items()}
+    grads = trees.Derived(mean.keys(), lambda name: np.asarray(-mean[name]))
     moving = {name: model.params[name] for name in mean}
     params, state = optimizer.update(moving, grads, state)
     kept = {name: leaf.astype(moving[name].dtype, copy=False) for name, leaf in params.items()}

@@ -8,7 +8,7 @@ NumPy, torch and JAX arrays. What needs NumPy itself (norms, casts, finiteness) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,30 @@ def dtype_of(name: str) -> np.dtype[Any]:
 def dtype_names() -> tuple[str, ...]:
     """Return the names of all dtypes a Hansa value may hold."""
     return tuple(_DTYPES)
+
+
+class Derived(Mapping[str, Array]):
+    """A tree whose leaves are computed each time they are read, so that no more than one needs memory at a time.
+
+    >>> negative = Derived(["w"], lambda name: -np.ones(2))
+    >>> negative["w"]
+    array([-1., -1.])
+    """
+
+    def __init__(self, names: Collection[str], leaf: Callable[[str], Array]) -> None:
+        self._names = dict.fromkeys(names)
+        self._leaf = leaf
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._leaf(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def layout_of(tree: Tree) -> dict[str, Spec]:
@@ -160,8 +184,10 @@ def norm(tree: Tree) -> float:
     5.0
     """
     total = 0.0
-    for _, leaf in sorted(floating(tree).items()):
-        for _, values in blocks(leaf):
+    for name in sorted(tree):
+        for _, values in blocks(tree[name]):
+            if not is_floating(values.dtype):
+                break
             wide_values = values.astype(np.float64)
             total += float(np.dot(wide_values, wide_values))
     return math.sqrt(total)
@@ -169,9 +195,9 @@ def norm(tree: Tree) -> float:
 
 def first_non_finite(tree: Tree) -> str | None:
     """Return the name of the first leaf that holds a NaN or an infinity, or None."""
-    for name, leaf in floating(tree).items():
-        for _, values in blocks(leaf):
-            if not np.isfinite(values.astype(wide(values.dtype), copy=False)).all():
+    for name in tree:
+        for _, values in blocks(tree[name]):
+            if is_floating(values.dtype) and not np.isfinite(values.astype(wide(values.dtype), copy=False)).all():
                 return name
     return None
 

@@ -180,10 +180,14 @@ class Aggregate:
     population: int
     metrics: Mapping[str, float] = field(default_factory=dict)
 
-    def mean(self, part: str) -> dict[str, Array]:
-        """Return the mean of one part: over weight if it was weighed, else over the number of sites."""
+    def mean(self, part: str) -> Tree:
+        """Return the mean of one part: over weight if it was weighed, else over the number of sites.
+
+        Each leaf is computed when it is read; beside the sums no second model is held.
+        """
         total = self.weight if self.weighed[part] else self.count
-        return {name: np.asarray(leaf / leaf.dtype.type(total)) for name, leaf in self.sums[part].items()}
+        sums = self.sums[part]
+        return trees.Derived(sums.keys(), lambda name: np.asarray(sums[name] / sums[name].dtype.type(total)))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from hansa import registry
 from hansa.client.batches import num_steps
 from hansa.client.functional import EXAMPLES, AnyTree, FunctionalProgram
-from hansa.client.work import Memory, begin, complete
+from hansa.client.work import Memory, begin, encode, finish
 from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.filter import Filter
@@ -96,6 +96,7 @@ class Batched:
 
     async def __aexit__(self, *exception: object) -> None:
         """Free the program, if it was built here."""
+        await self._local.__aexit__(*exception)
         if self._given is None:
             self._program.close()
 
@@ -151,7 +152,6 @@ class BatchedCohort:
             async for reply in self._one_by_one.ask(plan, sites):
                 yield reply
             return
-        pin_threads(self._job.engine.threads)
         for chunk in chunks(self._program, plan, sorted(sites)):
             async with self._turn:
                 replies = await asyncio.to_thread(self._carry_out, plan, chunk)
@@ -161,6 +161,7 @@ class BatchedCohort:
             await asyncio.to_thread(self._packs.forget, self._course.name)
 
     def _carry_out(self, plan: Plan, chunk: Sequence[str]) -> list[Update | Absence]:
+        pin_threads(self._job.engine.threads)
         if plan.task == "evaluate":
             return evaluate_many(self._program, plan, chunk)
         accepted = {site: plan.acknowledged[site] for site in chunk if site in plan.acknowledged}
@@ -257,7 +258,8 @@ def perform_many(
             yield refused[site], memory
             continue
         try:
-            update, kept = complete(strategy, pieces, plan, site, contexts[site], works[site], memory)
+            finished = finish(strategy, plan, site, contexts[site], works[site])
+            update, kept = encode(strategy, pieces, plan, site, works[site], finished, memory)
         except HansaError as error:
             yield Absence(site, "refused", error.message), memory
         else:

@@ -123,6 +123,7 @@ class LocalCohort:
                 yield self._postpone(plan, reply)
             else:
                 yield reply
+            del reply  # or it would be held while the next site trains
 
     def _postpone(self, plan: Plan, update: Update) -> Absence:
         if plan.task == "train":

@@ -79,6 +79,7 @@ class Watched:
         async for reply in self.cohort.ask(plan, sites):
             self.progress.reply(plan, reply)
             yield reply
+            del reply  # or it would be held while the next site trains
 
     def late(self) -> Sequence[Handle]:
         """Return what came late."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,9 @@ async def scatter_gather(
     Raises:
         QuorumError: fewer sites answered than the policy asks for; it names each and its reason.
     """
-    now = start
-    for number in range(start.round + 1, job.rounds + 1):
+    now, first = start, start.round + 1
+    del start  # its model is let go of after the first round
+    for number in range(first, job.rounds + 1):
         begun = time.perf_counter()
         asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
         plan = _plan(job, strategy, now, number, asked)
@@ -67,6 +68,7 @@ async def scatter_gather(
         _require(job, gathered, asked, number)
         model, state, notes = strategy.step(now.model, now.state, gathered.aggregate)
         gathered.fold.discard()
+        gathered.aggregate = replace(gathered.aggregate, sums={})
         acknowledged = {} if notes.get("forget") else {**now.acknowledged, **gathered.acknowledge}
         now = Snapshot(number, model, state, acknowledged)
         last = number == job.rounds
@@ -149,6 +151,7 @@ async def _gather(
             fold.skip(reply.site)
         else:
             _accept(gathered, strategy, plan, reply)
+        del reply  # or it would be held while the next site trains
     gathered.aggregate = fold.close()
     gathered.accepted.sort()
     return gathered
