@@ -215,6 +215,17 @@ def test_runs_lists_what_there_is(hansa, folder):
     assert "There are no runs in elsewhere" in elsewhere.out
 
 
+def test_a_run_that_can_not_be_read_does_not_hide_the_others(hansa, folder):
+    job = shell.job_file(folder)
+    for _ in range(2):
+        hansa("run", job)
+    Path("runs/toy-0001/report.json").write_text("{")
+    entries = hansa("runs", "--json").json
+    assert "report.json is damaged" in entries[0]["error"]
+    assert entries[1]["value"] is not None
+    assert "damaged" in hansa("runs").out
+
+
 def test_report_makes_the_page_again(hansa, folder):
     hansa("run", shell.job_file(folder))
     page = Path("runs/toy-0001/report.html")

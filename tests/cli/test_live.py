@@ -93,9 +93,10 @@ def test_a_resumed_run_counts_from_where_it_stopped(tmp_path):
         run(job)
     out = io.StringIO()
     with (
-        live.shown(Console(file=out, force_terminal=True, width=100, color_system=None), job) as progress,
         pytest.raises(Exception, match="quorum"),
+        live.shown(Console(file=out, force_terminal=True, width=100, color_system=None), job) as progress,
     ):
         run(job, resume=True, progress=progress)
     assert "Going on after round 2." in out.getvalue()
-    assert "federated training  2/4" in out.getvalue()
+    assert "✗ federated training  2/4" in out.getvalue()
+    assert "✓ federated training" not in out.getvalue()

@@ -41,7 +41,11 @@ def shown(console: Console, job: Job | None = None) -> Iterator[Progress]:
         return
     screen = Screen(console, job)
     with screen.live:
-        yield screen
+        try:
+            yield screen
+        except BaseException:
+            screen.end_stage(failed=True)
+            raise
         screen.end_stage()
 
 
@@ -240,12 +244,12 @@ class Screen:
         """Print it above the live part."""
         self._console.print(Text(text), soft_wrap=True)
 
-    def end_stage(self) -> None:
-        """Leave a line that says what the stage did."""
+    def end_stage(self, *, failed: bool = False) -> None:
+        """Leave a line that says what the stage did, or how far it came."""
         stage, self._stage = self._stage, None
         if stage is None:
             return
-        line = Text.assemble(("✓ ", "green"), stage.name)
+        line = Text.assemble(("✗ ", "red") if failed else ("✓ ", "green"), stage.name)
         facts = [stage.count, duration(stage.seconds)]
         if self._rows:
             facts += [*self._tally.numbers(self._tally.metrics), self._tally.traffic]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hansa.cli import console
 from hansa.cli.running import comparison, comparison_table
+from hansa.errors import HansaError
 from hansa.simulation.run import Run, find_run, list_runs
 from hansa.sinks import report as pages
 from hansa.sinks.summary import summary
@@ -36,6 +37,7 @@ def runs(folder: Path, *, as_json: bool) -> None:
         table.add_column(title, justify="right" if title == "rounds" else "left", no_wrap=title == "run")
     for entry in entries:
         metric = f"{entry['metric']} {number(entry['value'])}" if entry["metric"] else ""
+        metric = entry["error"].splitlines()[0] if entry["error"] and not metric else metric
         state = Text(entry["state"], _STYLES.get(entry["state"], ""))
         rounds = f"{entry['rounds']}/{entry['planned']}"
         started = entry["started"][:19].replace("T", " ")
@@ -44,17 +46,21 @@ def runs(folder: Path, *, as_json: bool) -> None:
 
 
 def _entry(run: Run) -> dict[str, Any]:
-    job = run.job
-    report = run.report
-    found = summary(report)
-    federated = found.row("federated") if found else None
+    """Return a run as JSON types; one whose files can't be read is listed with the reason."""
     status = run.status
+    try:
+        report = run.report
+    except HansaError as error:
+        report = {"job": {"name": "", "rounds": 0}, "rounds": [], "baselines": {}}
+        status["error"] = str(error)
+    found = summary(report) if report["rounds"] else None
+    federated = found.row("federated") if found else None
     return {
         "run": run.id,
-        "job": job.name,
+        "job": report["job"]["name"],
         "state": run.state,
         "rounds": len(report["rounds"]),
-        "planned": job.rounds,
+        "planned": report["job"]["rounds"],
         "metric": found.metric if found and federated else None,
         "value": federated.everyone if federated else None,
         "started": status["started"],
