@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import psutil
 import pytest
 
 import mischief
+import tiny
 import toys
 from hansa import registry
+from hansa.core.config import parse
 from hansa.core.ports import topic
 from hansa.core.values import Absence, Model, Plan, Snapshot
 from hansa.errors import DataError, HansaError, JobError, QuorumError
@@ -25,6 +28,7 @@ from hansa.simulation.engine import Course, inspect_all
 from hansa.simulation.engines import open_engine
 from hansa.simulation.pool import WorkerEndedError
 from hansa.simulation.processes import Processes
+from hansa.simulation.run import run
 from hansa.strategies.fedavg import fedavg
 
 pytestmark = pytest.mark.timeout(90)
@@ -401,3 +405,30 @@ def test_errors_keep_their_kind_and_context():
 
     assert type(failed(1, OwnError("x")).as_error()) is HansaError
     assert topic("j", 1, "a") == "j.000001.a"
+
+
+def test_fine_tuning_gives_the_same_bits_as_local(tmp_path):
+    texts = [{"text": f"the {animal} sat on the {thing}. " * 3} for animal in ("cat", "dog", "ox") for thing in "abc"]
+    data = {site: tiny.rows(tmp_path / f"{site}.jsonl", texts[i::2]) for i, site in enumerate(("berlin", "kiel"))}
+    digests = []
+    for engine in ("local", "processes"):
+        job = parse(
+            {
+                "name": "tiny",
+                "rounds": 2,
+                "recipe": {"name": "causal-lm", "max_length": 32},
+                "model": {**tiny.LLAMA, "adapter": {"method": "lora", "r": 4}},
+                "data": {"train": data},
+                "train": {"steps": 2, "lr": 0.01, "batch_size": 2},
+                "engine": {"name": engine, "threads": 1, "workers": 2},
+                "baselines": {"base": False, "local": False},
+                "output": {"dir": str(tmp_path / engine)},
+            }
+        )
+        done = run(job)
+        files = sorted(done.directory.glob("**/*.safetensors"))
+        assert files
+        digests.append({str(f.relative_to(done.directory)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
+        assert [record["accepted"] for record in done.records] == [["berlin", "kiel"]] * 2
+    assert digests[0] == digests[1]
+    assert any(name.startswith("model/") for name in digests[0])

@@ -226,9 +226,15 @@ class Pool:
         self._first: Ready | None = None
 
     async def open(self) -> tuple[Sequence[str], frozenset[Trait]]:
-        """Start the first worker and return the program's sites and traits; the other workers follow."""
+        """Start workers, and return the program's sites and traits as soon as one is ready.
+
+        How many there will be is known only then, so at first no more than two are started.
+        """
         first = next((self._machine.share(site) for site in sorted(self._job.engine.sites)), self._machine.share(None))
-        worker = self._start(self._machine.devices(first), 0)
+        devices = self._machine.devices(first)
+        wanted = self._job.engine.workers or self._machine.room()
+        for slot in range(min(2, wanted) if devices is None else 1):
+            self._start(devices, slot)
         while self._first is None:
             if isinstance(self._failure, WorkerEndedError):
                 raise WorkerEndedError(
@@ -239,11 +245,16 @@ class Pool:
             await self._next_news()
         sites = tuple(sorted(self._first.sites))
         traits = frozenset(Trait[name] for name in self._first.traits)
-        self._limit = min(self._job.engine.workers or self._machine.room(), max(1, len(sites)))
+        self._limit = min(wanted, max(1, len(sites)))
         if Trait.OPAQUE_STEPS in traits:
             self._slots = {site: i % self._limit for i, site in enumerate(sites)}
-        if worker.devices is None:
-            for slot in range(1, self._limit):
+        self.workers.sort(key=lambda worker: not worker.ready)
+        for worker in self.workers[self._limit :]:
+            self._retire(worker)
+        for slot, worker in enumerate(self.workers):
+            worker.slot = slot
+        if devices is None:
+            for slot in range(len(self.workers), self._limit):
                 self._start(None, slot)
         return sites, traits
 
@@ -399,11 +410,13 @@ class Pool:
             waiter.refuse(WorkerEndedError(f"no worker can be started any more: {cause}", job=self._job.name))
 
     def _retire(self, worker: Worker) -> None:
-        """End an idle worker to make room for another."""
+        """End a worker that does nothing."""
         self.workers.remove(worker)
         self._retired.append(worker)
-        worker.ending = "its place was needed"
-        worker.send(Close())
+        if worker.idle:
+            worker.send(Close())
+        else:
+            worker.kill("there is no use for it")
 
     def _evict(self) -> None:
         """End the longest overdue, if others wait and nothing but overdue work holds the machine."""
