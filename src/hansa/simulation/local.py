@@ -97,13 +97,15 @@ class Local:
 
     async def _do(self, site: str | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``function`` beside the event loop, one at a time, with the threads of ``site``."""
+        found: list[T] = []  # a future's result would live on in its thread while the next site trains
 
-        def pinned() -> T:
+        def pinned() -> None:
             pin_threads(num_threads(self._job.engine, site))
-            return function(*args, **kwargs)
+            found.append(function(*args, **kwargs))
 
         async with self._turn:
-            return await asyncio.to_thread(pinned)
+            await asyncio.to_thread(pinned)
+        return found.pop()
 
 
 class LocalCohort:
