@@ -83,6 +83,13 @@ def test_a_partition_splits_training_and_test_rows_alike(folder: Path) -> None:
     assert len(found["y"][0]) == 10
 
 
+def test_a_partition_s_key_may_be_a_role(folder: Path) -> None:
+    split = SiteData(
+        job(folder, {"name": "by_key", "key": "label"}, train="[bu]*.jsonl", columns={"label": "who"}), ROLES
+    )
+    assert split.names == ["x", "y"]
+
+
 @pytest.mark.parametrize("partition", [{"name": "iid", "sites": 3}, "files"])
 def test_held_out_rows_are_apart_and_nothing_is_lost(folder: Path, partition: Any) -> None:
     found = loaded(SiteData(job(folder, partition, train="[bu]*.jsonl"), ROLES))
