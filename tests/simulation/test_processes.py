@@ -23,10 +23,9 @@ from hansa import registry
 from hansa.core.config import parse
 from hansa.core.ports import topic
 from hansa.core.values import Absence, Model, Plan, Snapshot
-from hansa.errors import DataError, HansaError, JobError, QuorumError
+from hansa.errors import DataError, HansaError, JobError, QuorumError, SiteError
 from hansa.simulation.engine import Course, inspect_all
 from hansa.simulation.engines import open_engine
-from hansa.simulation.pool import WorkerEndedError
 from hansa.simulation.processes import Processes
 from hansa.simulation.run import run
 from hansa.strategies.fedavg import fedavg
@@ -270,7 +269,7 @@ async def test_gpus_are_assigned_before_frameworks_start(tmp_path):
     ("start", "kind", "words"),
     [
         ("data", DataError, "There is no file 'x.jsonl'."),
-        ("kill", WorkerEndedError, "SIGKILL"),
+        ("kill", SiteError, "SIGKILL"),
         ("defect", RuntimeError, "ZeroDivisionError: a defect"),
     ],
 )

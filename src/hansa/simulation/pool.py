@@ -48,10 +48,6 @@ _CODE = (
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-class WorkerEndedError(SiteError):
-    """A worker ended before it answered; the message says how."""
-
-
 class Worker:
     """One process and the engine's end of its socket."""
 
@@ -95,7 +91,7 @@ class Worker:
         return next(self._tickets)
 
     def call(self, request: Work | Summarise) -> asyncio.Future[Answer]:
-        """Send a request; the future is its answer, or WorkerEndedError."""
+        """Send a request; the future is its answer, or SiteError if the worker ends before it."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._answers[request.ticket] = answer
         self.send(request)
@@ -155,7 +151,7 @@ class Worker:
 
     def _give_up(self, code: int) -> None:
         if self.failure is None:
-            self.failure = WorkerEndedError(self.ending or f"{_cause(code)} (its output is in {self._log})")
+            self.failure = SiteError(self.ending or f"{_cause(code)} (its output is in {self._log})")
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(self.failure)
@@ -236,10 +232,8 @@ class Pool:
         for slot in range(min(2, wanted) if devices is None else 1):
             self._start(devices, slot)
         while self._first is None:
-            if isinstance(self._failure, WorkerEndedError):
-                raise WorkerEndedError(
-                    f"The program could not be started: {self._failure.message}.", job=self._job.name
-                )
+            if isinstance(self._failure, SiteError):
+                raise SiteError(f"The program could not be started: {self._failure.message}.", job=self._job.name)
             if self._failure is not None:
                 raise self._failure
             await self._next_news()
@@ -407,7 +401,7 @@ class Pool:
         cause = self._failure.message if isinstance(self._failure, HansaError) else str(self._failure)
         for waiter in list(self._waiting):
             self.withdraw(waiter)
-            waiter.refuse(WorkerEndedError(f"no worker can be started any more: {cause}", job=self._job.name))
+            waiter.refuse(SiteError(f"no worker can be started any more: {cause}", job=self._job.name))
 
     def _retire(self, worker: Worker) -> None:
         """End a worker that does nothing."""

@@ -36,7 +36,7 @@ from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Reply, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
-from hansa.errors import HansaError, JobError, StorageError
+from hansa.errors import HansaError, JobError, SiteError, StorageError
 from hansa.simulation import shares
 from hansa.simulation.engine import Course, num_threads
 from hansa.simulation.local import LocalPeers
@@ -58,7 +58,7 @@ from hansa.simulation.messages import (
     Summarise,
     Work,
 )
-from hansa.simulation.pool import Place, Pool, WorkerEndedError
+from hansa.simulation.pool import Place, Pool
 from hansa.simulation.shares import Machine
 
 _ATTEMPTS = 3
@@ -168,7 +168,7 @@ class Processes:
         if known is not None:
             return dict(known)
         for _ in range(_ATTEMPTS - 1):
-            with contextlib.suppress(WorkerEndedError):
+            with contextlib.suppress(SiteError):
                 return await self._summarise(sums)
         return await self._summarise(sums)
 
@@ -194,7 +194,7 @@ class Processes:
     async def _somewhere(self, request: Callable[[int, int], Work]) -> Answer:
         """Ask what any worker can answer; when one dies of it, ask another."""
         for _ in range(_ATTEMPTS - 1):
-            with contextlib.suppress(WorkerEndedError):
+            with contextlib.suppress(SiteError):
                 return await self._call(None, request)
         return await self._call(None, request)
 
