@@ -13,7 +13,7 @@ from hansa.errors import DataError, JobError, ModelError, StorageError
 from hansa.recipes import causal_lm, quickstart
 from hansa.recipes.quickstart import Corpora, Pretraining, SiteText
 
-SMALL = Pretraining(stages=((3, 1e-3), (2, 1e-4)), batch_size=2, threads=1)
+SMALL = Pretraining(steps=5, warmup=2, batch_size=2)
 TINY = {**quickstart.MODEL, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 
 
@@ -126,7 +126,7 @@ def test_the_base_is_made_once_for_each_text_and_plan(tmp_path: Path) -> None:
 
     other_text = quickstart.pretrained(small_corpora("ham"), cache=tmp_path, plan=SMALL, model=TINY)
     other_plan = quickstart.pretrained(
-        small_corpora(), cache=tmp_path, plan=Pretraining(((1, 1e-3),), 2, 1), model=TINY
+        small_corpora(), cache=tmp_path, plan=Pretraining(steps=1, batch_size=2), model=TINY
     )
     assert not other_text.cached
     assert not other_plan.cached
