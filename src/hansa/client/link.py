@@ -74,8 +74,8 @@ class Link:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self._input = connection.makefile("rb", _BUFFER_BYTES)
-        self._output = connection.makefile("wb", _BUFFER_BYTES)
+        self._input = cast(IO[bytes], connection.makefile("rb", _BUFFER_BYTES))
+        self._output = cast(IO[bytes], connection.makefile("wb", _BUFFER_BYTES))
 
     def send(self, message: Mapping[str, Any], params: Tree | None = None) -> None:
         """Send ``message``, and ``params`` after it if they are given."""

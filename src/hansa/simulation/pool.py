@@ -114,6 +114,7 @@ class Worker:
                     on_ready(message)
                 elif isinstance(message, Failed) and message.ticket == 0:
                     self.failure = message.as_error()
+                    break
                 else:
                     answer = self._answers.pop(message.ticket)
                     if not answer.done():

@@ -54,6 +54,8 @@ from hansa.simulation.messages import (
     frame,
 )
 
+_LOG = logging.getLogger("hansa.worker")
+
 
 class _Line:
     """The worker's end of the socket."""
@@ -161,21 +163,25 @@ def _read_params(path: str) -> Tree:
 
 
 def _listen(line: _Line, tasks: queue.SimpleQueue[Work | None], worker: Callable[[], _Worker | None]) -> None:
-    while True:
-        message = line.receive()
-        match message:
-            case None:
-                _end_group()
-            case Close():
-                tasks.put(None)
-            case Summarise():
-                ready = worker()
-                assert ready is not None, "the engine asks after Ready"
-                line.send(ready.answer(message))
-            case Start():
-                raise AssertionError("a worker starts once")
-            case _:
-                tasks.put(message)
+    """Pass on what the engine says until it is gone, then end; whatever happens, no worker stays behind deaf."""
+    try:
+        while (message := line.receive()) is not None:
+            match message:
+                case Close():
+                    tasks.put(None)
+                case Summarise():
+                    ready = worker()
+                    assert ready is not None, "the engine asks after Ready"
+                    line.send(ready.answer(message))
+                case Start():
+                    raise AssertionError("a worker starts once")
+                case _:
+                    tasks.put(message)
+    except OSError:
+        _LOG.info("The engine went while it was being answered.")
+    except Exception:  # noqa: BLE001 - the thread would die in silence, and the worker would wait for ever
+        _LOG.exception("A defect in a worker")
+    _end_group()
 
 
 def _end_group() -> None:
