@@ -24,6 +24,7 @@ HEAT = "#3987e5"
 
 MOST_LINES = 10
 """Above so many sites, lines are told apart no more: all are thin, and their mean is drawn."""
+MOST_MARKS = 12
 MOST_CELLS = 24
 MOST_SITES = 60
 
@@ -107,7 +108,8 @@ def metric_over_rounds(
     def draw(axes: Any) -> None:
         numbers = [number for number, _ in rounds]
         values = [value for _, value in rounds]
-        axes.plot(numbers, values, color=HUES[0], marker="o", label="Federated", zorder=3)
+        marker = "o" if len(rounds) <= 2 * MOST_MARKS else None
+        axes.plot(numbers, values, color=HUES[0], marker=marker, label="Federated", zorder=3)
         for number, value in rounds:
             if number == chosen:
                 axes.plot([number], [value], color=HUES[0], marker="o", markersize=8, fillstyle="none", zorder=4)
@@ -126,14 +128,15 @@ def lines_a_site(values: Mapping[str, Sequence[tuple[int, float]]], label: str) 
 
     def draw(axes: Any) -> None:
         many = len(values) > MOST_LINES
+        few_rounds = max(map(len, values.values())) <= MOST_MARKS
         for place, (site, points) in enumerate(values.items()):
             axes.plot(
                 [number for number, _ in points],
                 [value for _, value in points],
                 color=INK if many else HUES[place % len(HUES)],
                 alpha=0.25 if many else 1,
-                linewidth=0.8 if many else 1.5,
-                marker=None if many else "o",
+                linewidth=0.8 if many else 1.3,
+                marker="o" if few_rounds and not many else None,
                 label=None if many else site,
             )
         if many:
@@ -142,7 +145,7 @@ def lines_a_site(values: Mapping[str, Sequence[tuple[int, float]]], label: str) 
         axes.set_xlabel("round")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="best", ncols=1 if len(values) <= 6 or many else 2)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
     return draw
 
@@ -171,7 +174,7 @@ def traffic(rounds: Sequence[int], down: Sequence[int], up: Sequence[int], name:
 
 
 def counts(sites: Sequence[str], kinds: Mapping[str, Sequence[int]]) -> Draw:
-    """Draw how many examples of each kind a site has, a bar a site."""
+    """Draw how many rows of each kind a site has, a bar a site."""
 
     def draw(axes: Any) -> None:
         left = [0] * len(sites)
@@ -179,7 +182,7 @@ def counts(sites: Sequence[str], kinds: Mapping[str, Sequence[int]]) -> Draw:
             axes.barh(sites, values, left=left, color=HUES[place % len(HUES)], height=0.7, label=kind)
             left = [a + b for a, b in zip(left, values, strict=True)]
         axes.invert_yaxis()
-        axes.set_xlabel("examples")
+        axes.set_xlabel("rows")
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.set_xlim(0, max(left, default=1) * 1.02 or 1)

@@ -89,7 +89,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "sites": [entry["site"] for entry in report["sites"]],
         "training": TRAINING,
         "strategy": _choice(report["job"]["strategy"]),
-        "recipe": _choice(report["job"]["recipe"]),
+        "recipe": report["job"]["recipe"]["name"],
         "resolved": json.dumps(report["job"], indent=2, ensure_ascii=False),
     }
 
@@ -201,9 +201,9 @@ def _data_figures(sites: Sequence[Mapping[str, Any]], plots: ModuleType) -> list
     cut = f" The first {len(seen)} of {len(sites)} sites." if len(seen) < len(sites) else ""
     kinds = list(dict.fromkeys(kind for entry in seen for kind in entry["counts"]))
     if kinds:
-        title = "Examples at each site"
+        title = "Rows at each site"
         draw = plots.counts(names, {kind: [entry["counts"].get(kind, 0) for entry in seen] for kind in kinds})
-        note = f"How much each site has.{cut}"
+        note = f"A row is what the data hold one of: a sentence, a picture, a file of text.{cut}"
         figures.append({"title": title, "note": note, "svg": plots.svg("counts", title, draw, height)})
     totals: Counter[str] = Counter()
     for entry in seen:
