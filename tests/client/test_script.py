@@ -373,6 +373,7 @@ def test_optimizer_params_do_not_leave(recwarn):
     host.close()
 
 
+@pytest.mark.timeout(240)  # starts torch in several processes
 def test_the_example_learns(tmp_path):
     job = load(
         EXAMPLE, [f"output.dir={tmp_path}", "rounds=4", "recipe.sites=2", "baselines.base=false", "engine.name=local"]

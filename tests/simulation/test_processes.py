@@ -26,6 +26,7 @@ from hansa.core.values import Absence, Model, Plan, Snapshot
 from hansa.errors import DataError, HansaError, JobError, QuorumError, SiteError
 from hansa.simulation.engine import Course, inspect_all
 from hansa.simulation.engines import open_engine
+from hansa.simulation.pool import PATIENCE
 from hansa.simulation.processes import Processes
 from hansa.simulation.run import run
 from hansa.strategies.fedavg import fedavg
@@ -216,11 +217,15 @@ async def test_a_late_update_joins_a_later_round_or_is_named(tmp_path, late):
         assert not any("a" in record.accepted for record in records)
 
 
-async def test_a_hung_site_gives_way_when_others_wait(tmp_path):
-    job = mischief.job(recipe={"sleep": {"a:1": 600}}, engine_options={"workers": 1}, cohort={"deadline_s": 0.5})
+@pytest.mark.parametrize("late", ["accept", "discard"])
+async def test_a_hung_site_gives_way_when_others_wait(tmp_path, late):
+    cohort = {"deadline_s": 0.5, "late": late}
+    job = mischief.job(recipe={"sleep": {"a:1": 600}}, engine_options={"workers": 1}, cohort=cohort)
+    begun = time.monotonic()
     records = await carried_out(job, tmp_path)
     assert absences(records[0])["a"][0] == "late"
     assert [record.accepted for record in records] == [("b", "c"), ("a", "b", "c"), ("a", "b", "c")]
+    assert time.monotonic() - begun > (0.5 + PATIENCE * 0.5 if late == "accept" else 0.5)
 
 
 async def test_workers_stay_warm_and_sites_return_to_them(tmp_path):
@@ -406,6 +411,7 @@ def test_errors_keep_their_kind_and_context():
     assert topic("j", 1, "a") == "j.000001.a"
 
 
+@pytest.mark.timeout(240)  # starts torch in several processes
 def test_fine_tuning_gives_the_same_bits_as_local(tmp_path):
     texts = [{"text": f"the {animal} sat on the {thing}. " * 3} for animal in ("cat", "dog", "ox") for thing in "abc"]
     data = {site: tiny.rows(tmp_path / f"{site}.jsonl", texts[i::2]) for i, site in enumerate(("berlin", "kiel"))}

@@ -206,7 +206,7 @@ class Processes:
             answer.add_done_callback(partial(_pass_on, granted))
             answer.add_done_callback(lambda _: self.pool.leave(place))
 
-        waiter = self.pool.submit(site, start, granted.set_exception)
+        waiter = self.pool.submit(site, start, lambda error: None if granted.done() else granted.set_exception(error))
         try:
             return await granted
         finally:
