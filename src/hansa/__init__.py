@@ -18,10 +18,11 @@ from hansa import version
 __version__ = version.VERSION
 
 if TYPE_CHECKING:
+    from hansa.client.functional import of_numpy, of_torch
     from hansa.core.config import Job, load
     from hansa.core.optimizer import adagrad, adam, sgd, yogi
     from hansa.errors import HansaError
-    from hansa.loop import Process, process
+    from hansa.loop import Process, State, process
     from hansa.simulation.run import Run, run
     from hansa.strategies.fedavg import fedavg
     from hansa.strategies.fedavgm import fedavgm
@@ -34,6 +35,7 @@ _HOMES = {
     "Job": "hansa.core.config",
     "Process": "hansa.loop",
     "Run": "hansa.simulation.run",
+    "State": "hansa.loop",
     "adagrad": "hansa.core.optimizer",
     "adam": "hansa.core.optimizer",
     "fedadagrad": "hansa.strategies.fedopt",
@@ -43,6 +45,8 @@ _HOMES = {
     "fedprox": "hansa.strategies.fedprox",
     "fedyogi": "hansa.strategies.fedopt",
     "load": "hansa.core.config",
+    "of_numpy": "hansa.client.functional",
+    "of_torch": "hansa.client.functional",
     "process": "hansa.loop",
     "run": "hansa.simulation.run",
     "scaffold": "hansa.strategies.scaffold",
@@ -55,6 +59,7 @@ __all__ = [
     "Job",
     "Process",
     "Run",
+    "State",
     "__version__",
     "adagrad",
     "adam",
@@ -65,6 +70,8 @@ __all__ = [
     "fedprox",
     "fedyogi",
     "load",
+    "of_numpy",
+    "of_torch",
     "process",
     "run",
     "scaffold",
