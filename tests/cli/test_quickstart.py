@@ -27,7 +27,7 @@ SMALL = [
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Make pre-training short and keep its cache in the test's folder."""
-    plan = recipe.Pretraining(stages=((4, 1e-3),), batch_size=2, threads=1)
+    plan = recipe.Pretraining(steps=4, batch_size=2)
     monkeypatch.setattr(recipe, "Pretraining", lambda: plan)
     monkeypatch.setenv("HANSA_CACHE", str(tmp_path / "cache"))
 
