@@ -105,11 +105,8 @@ MODEL: Mapping[str, Any] = {
 MAX_LENGTH = 128
 """Bytes of a training example."""
 
-PROMPTS = (
-    "    def close(self):\n",
-    "class Connection:\n    def __init__(self, host, port",
-    "    def read(self, size=-1):\n        ",
-)
+PROMPTS = ("        self.sock", "    def send", "        return ")
+"""Beginnings of lines, which the report shows the model going on from."""
 
 
 @dataclass(frozen=True)
@@ -494,8 +491,8 @@ def _job(
             },
             "data": data,
             "partition": partition,
-            "train": {"optimizer": "adamw", "lr": 2e-3, "batch_size": 4, "steps": 8, "clip_grad": 1.0},
-            "strategy": {"name": "fedavgm", "momentum": 0.6},
+            "train": {"optimizer": "adamw", "lr": 1e-3, "batch_size": 4, "steps": 8, "clip_grad": 1.0},
+            "strategy": {"name": "fedavgm", "momentum": 0.8},
             "engine": {"name": "processes", "threads": 1},
             "evaluation": {"every": 4},
             "baselines": {"base": True, "local": True, "central": True},
