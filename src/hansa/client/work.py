@@ -115,7 +115,8 @@ def _evaluated(plan: Plan, site: str, sums: Mapping[str, float], seconds: float)
 
 def _check(work: Work, plan: Plan, site: str) -> None:
     if not 0 < work.num_examples < math.inf:
-        raise DataError(f"The site trained on {work.num_examples:g} examples; that is no weight.", site=site, round=plan.round)
+        reason = f"The site trained on {work.num_examples:g} examples; that is no weight."
+        raise DataError(reason, site=site, round=plan.round)
     if work.steps.count < 1 or not 0 < work.completed <= 1:
         raise SiteError("The site made no step.", site=site, round=plan.round)
     for name, value in work.sums.items():
