@@ -237,6 +237,8 @@ def test_the_pretrained_stories_model_reads_stories_better_than_noise(
     start = built.initial()
     assert score(built, start, "story")["perplexity"] < 10 < 100 < score(built, start, "noise")["perplexity"]
     assert built.show(start) == {"Once upon a time": ", there was a little"}
+    drawn = program({**prompts, "temperature": 1.5}, base, {"train": train})
+    assert drawn.show(start) == drawn.show(start) != built.show(start)
     work = built.train("noise", plan(start), None)
     assert score(built, work.params, "noise")["loss"] < score(built, start, "noise")["loss"]
 

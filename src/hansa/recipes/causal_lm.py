@@ -17,10 +17,12 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from hansa import registry
@@ -66,6 +68,7 @@ class Options:
         text_rows: what a row of a text file is: the whole file, a paragraph, or a line.
         prompts: what the report shows the model going on from.
         max_new_tokens: how far it goes on.
+        temperature: 0 takes the likeliest token every time; above, tokens are drawn, the same ones for every model.
     """
 
     max_length: int = 256
@@ -73,6 +76,7 @@ class Options:
     text_rows: TextRows = "file"
     prompts: Sequence[str] = ()
     max_new_tokens: int = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
 
 
 def _form(job: Job) -> str:
@@ -174,16 +178,19 @@ class CausalLM:
         return {**metrics, "accuracy": sums["correct"] / tokens} if "correct" in sums else metrics
 
     def show(self, model: Any, processor: Any) -> Mapping[str, str]:
-        """Return what the model makes of each prompt, taking the likeliest token every time."""
+        """Return what the model makes of each prompt."""
+        drawn = {"do_sample": True, "temperature": self.options.temperature, "top_k": 0}
         shown = {}
         for prompt in self.options.prompts:
             batch = processor(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-            ids = model.generate(
-                **batch,
-                max_new_tokens=self.options.max_new_tokens,
-                do_sample=False,
-                pad_token_id=processor.pad_token_id,
-            )
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                ids = model.generate(
+                    **batch,
+                    max_new_tokens=self.options.max_new_tokens,
+                    pad_token_id=processor.pad_token_id,
+                    **(drawn if self.options.temperature else {"do_sample": False}),
+                )
             shown[prompt] = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return shown
 

@@ -109,6 +109,9 @@ PROMPTS = ("        self.sock", "    def send", "        return ")
 """Beginnings of lines, which the report shows the model going on from."""
 
 
+_SHOWN: Mapping[str, Any] = {"max_new_tokens": 120, "temperature": 0.5}
+
+
 @dataclass(frozen=True)
 class Pretraining:
     """How the base is made: AdamW, the learning rate warmed up, then lowered along a cosine to a twentieth.
@@ -436,7 +439,7 @@ def job(base: Path, files: SiteFiles, *, seed: int = 0) -> Job:
         "test": {site: str(folder) for site, folder in files.test.items()},
         "format": "text",
     }
-    return _job(base, data, None, seed, "quickstart", {"max_length": MAX_LENGTH, "prompts": PROMPTS})
+    return _job(base, data, None, seed, "quickstart", {"max_length": MAX_LENGTH, "prompts": PROMPTS, **_SHOWN})
 
 
 def job_for_base(
