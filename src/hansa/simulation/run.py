@@ -415,6 +415,7 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
     """Return every piece of a job with its traits."""
     strategy, filters = course.pieces()
     plain = job.train.optimizer == "sgd" and not job.train.momentum
+    steps = frozenset() if plain else frozenset({Trait.ADAPTIVE_STEPS})
     cohort: set[Trait] = set()
     if job.cohort.deadline_s is not None:
         cohort.add(Trait.TIMED)
@@ -425,8 +426,8 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
     return [
         Piece("strategy", strategy.name, strategy.traits),
         *(Piece("filter", piece.name, piece.traits) for piece in filters),
-        Piece("recipe", job.recipe.name, program_traits - {Trait.VECTORISED}),
-        Piece("optimizer", job.train.optimizer, frozenset() if plain else frozenset({Trait.ADAPTIVE_STEPS})),
+        Piece("recipe", job.recipe.name, program_traits - {Trait.VECTORISED} - steps),
+        Piece("optimizer", job.train.optimizer, steps),
         Piece("workflow", workflow.name, workflow.traits),
         Piece("cohort", "policy", frozenset(cohort)),
         Piece("engine", job.engine.name, frozenset(vectorised)),
