@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import msgspec
 
+from hansa.core import storage
 from hansa.core.values import RoundRecord
 from hansa.errors import StorageError
 
@@ -36,10 +37,8 @@ class JsonLines:
 
     def __init__(self, path: Path, after: int = 0) -> None:
         self.records = [r for r in read_records(path) if r["round"] <= after]
-        self._file = path.open("wb")
-        for record in self.records:
-            self._file.write(msgspec.json.encode(record) + b"\n")
-        self._file.flush()
+        storage.write_atomic(path, b"".join(msgspec.json.encode(record) + b"\n" for record in self.records))
+        self._file = path.open("ab")
 
     def write(self, record: RoundRecord) -> None:
         """Append one record."""
