@@ -12,7 +12,7 @@ import pytest
 
 import reports
 from hansa.core import storage
-from hansa.sinks.report import page, selection, verdict, write
+from hansa.sinks.report import _data_figures, page, selection, verdict, write
 from hansa.sinks.summary import Row, Summary, summary
 
 VOID = {"meta", "link", "br", "path", "use", "rect", "line", "polyline", "polygon", "circle"}
@@ -196,3 +196,14 @@ def test_it_opens_in_a_browser_without_a_network(browser, tmp_path: Path, width:
     dark = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 28)"
     assert dark == (scheme == "dark")
     context.close()
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_long_labels_leave_room_for_their_cells() -> None:
+    plots = pytest.importorskip("hansa.sinks.plots")
+    labels = [f"a_rather_long_name_of_a_label_{i}" for i in range(77)]
+    sites = [{"site": f"site-{i}", "counts": {"train": 9}, "labels": dict.fromkeys(labels, 1)} for i in range(6)]
+    figure = _data_figures(sites, plots)[-1]
+    assert figure["title"] == "Labels at each site"
+    assert labels[0] not in figure["svg"]
+    assert plots.shortened(labels[0]) in figure["svg"]

@@ -26,6 +26,7 @@ MOST_LINES = 10
 """Above so many sites, lines are told apart no more: all are thin, and their mean is drawn."""
 MOST_MARKS = 12
 MOST_CELLS = 24
+MOST_LETTERS = 18
 MOST_SITES = 60
 
 _STYLE = {
@@ -191,6 +192,11 @@ def counts(sites: Sequence[str], kinds: Mapping[str, Sequence[int]]) -> Draw:
     return draw
 
 
+def shortened(label: str) -> str:
+    """Return a label that leaves room for the cells it belongs to."""
+    return label if len(label) <= MOST_LETTERS else f"{label[: MOST_LETTERS - 1]}…"
+
+
 def label_shares(sites: Sequence[str], labels: Sequence[str], shares: Sequence[Sequence[float]]) -> Draw:
     """Draw a heat map of each site's shares of the labels; ``shares[site][label]`` are in [0, 1]."""
     red, green, blue = to_rgb(HEAT)
@@ -198,7 +204,7 @@ def label_shares(sites: Sequence[str], labels: Sequence[str], shares: Sequence[S
 
     def draw(axes: Any) -> None:
         axes.pcolormesh(shares, cmap=ramp, vmin=0, vmax=max(max(row, default=0) for row in shares) or 1)
-        axes.set_xticks([i + 0.5 for i in range(len(labels))], labels)
+        axes.set_xticks([i + 0.5 for i in range(len(labels))], [shortened(label) for label in labels])
         axes.set_yticks([i + 0.5 for i in range(len(sites))], sites)
         if len(labels) > 6 or max(map(len, labels)) > 7:
             axes.tick_params(axis="x", rotation=45 if len(labels) <= 12 else 90)

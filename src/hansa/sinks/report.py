@@ -218,6 +218,8 @@ def _data_figures(sites: Sequence[Mapping[str, Any]], plots: ModuleType) -> list
         fewer = f" The {len(labels)} most frequent of {len(totals)} labels." if len(labels) < len(totals) else ""
         draw = plots.label_shares(names, labels, shares)
         note = f"Each row is a site's training labels in shares of its own.{fewer}{cut}"
-        svg = plots.svg("labels", title, draw, height + 0.5)
+        svg = plots.svg(
+            "labels", title, draw, height + 0.4 + 0.07 * max(len(plots.shortened(label)) for label in labels)
+        )
         figures.append({"title": title, "note": note, "svg": svg})
     return figures
