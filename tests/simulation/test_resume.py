@@ -19,6 +19,7 @@ CHILD = """
 import sys, toys
 from hansa.simulation.run import run
 job = toys.job(rounds=12, strategy=sys.argv[1], recipe={"size": 50_000, "delay_s": 0.001},
+               engine={"name": sys.argv[4], "workers": 2},
                output={"dir": sys.argv[2]}, baselines={"base": True, "local": True})
 run(job, resume=sys.argv[3] == "resume")
 """
@@ -45,14 +46,16 @@ def wait_for(child, folder, number):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("strategy", ["scaffold", "fedadam"])
-def test_sigkill_at_random_instants(tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "engine"), [("scaffold", "local"), ("fedadam", "local"), ("scaffold", "processes")]
+)
+def test_sigkill_at_random_instants(tmp_path, strategy, engine):
     seed = random.SystemRandom().randrange(1 << 30)
     generator = random.Random(seed)
     env = {**os.environ, "PYTHONPATH": str(Path(toys.__file__).parent)}
 
     def start(folder, mode):
-        command = [sys.executable, "-c", CHILD, strategy, str(folder), mode]
+        command = [sys.executable, "-c", CHILD, strategy, str(folder), mode, engine]
         return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
     undisturbed = start(tmp_path / "whole", "new")
