@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import transformers
 from hansa.core.fit import Trait
 from hansa.core.ports import EVERYONE, Correction
 from hansa.core.values import Model
-from hansa.errors import DataError, JobError, ModelError, NonFiniteError
+from hansa.errors import DataError, JobError, ModelError, NonFiniteError, StorageError
 from hansa.recipes.batching import IGNORED
 from hansa.recipes.finetune import FineTune
 from hansa.recipes.tokenizers import byte_level
@@ -316,3 +318,18 @@ def test_a_shared_model_of_another_job_is_refused(texts: dict[str, Any]) -> None
     built = program(RECIPE, LLAMA, texts)
     with pytest.raises(ModelError, match="site a, round 1: The shared model lacks tensor"):
         built.train("a", plan({}), None)
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+def test_a_full_disk_while_saving_is_told_as_such(texts: dict[str, Any], tmp_path: Path, room: int) -> None:
+    built = program(RECIPE, {**LLAMA, "adapter": {"method": "lora", "r": 256}}, texts)
+    params = built.initial()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(StorageError, match="Free some space"):
+            built.export(params, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

@@ -29,7 +29,7 @@ from hansa.core.fit import Trait
 from hansa.core.ports import EVERYONE, Correction, SiteReport, Work
 from hansa.core.tree import Array, Tree
 from hansa.core.values import Plan
-from hansa.errors import DataError, HansaError, ModelError, StorageError
+from hansa.errors import DataError, HansaError, ModelError
 from hansa.recipes import pretrained
 from hansa.recipes.data import SiteData, Split
 from hansa.recipes.tables import Table, TextRows
@@ -249,18 +249,15 @@ class FineTune:
         tuned = _Tuned(self._job, self._task, self._processor)
         tuned.set(params)
         model: Any = tuned.model.cpu()
-        try:
-            with pretrained.quiet():
-                if self._job.model.adapter is not None:
-                    model.save_pretrained(directory / "adapter")
-                    self._processor.save_pretrained(directory / "adapter")
-                    if not hasattr(model.base_model, "merge_and_unload"):
-                        return
-                    model = model.merge_and_unload()
-                model.save_pretrained(directory / "model")
-                self._processor.save_pretrained(directory / "model")
-        except OSError as error:
-            raise StorageError(f"The model can't be written to {directory}: {error}. Free some space.") from error
+        with pretrained.saving(directory):
+            if self._job.model.adapter is not None:
+                model.save_pretrained(directory / "adapter")
+                self._processor.save_pretrained(directory / "adapter")
+                if not hasattr(model.base_model, "merge_and_unload"):
+                    return
+                model = model.merge_and_unload()
+            model.save_pretrained(directory / "model")
+            self._processor.save_pretrained(directory / "model")
 
     def show(self, params: Tree) -> Mapping[str, str]:
         """Return prompt -> what the model makes of it, for recipes that generate."""

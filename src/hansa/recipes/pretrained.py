@@ -22,11 +22,12 @@ import peft
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hansa.client.torch import seeded
 from hansa.core.config import Adapter, Job
-from hansa.errors import JobError, ModelError, nearest
+from hansa.errors import JobError, ModelError, StorageError, nearest
 from hansa.recipes import hub, tokenizers
 
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
@@ -98,6 +99,16 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def saving(directory: Path) -> Iterator[None]:
+    """Turn what ``save_pretrained`` raises for a full disk into StorageError."""
+    try:
+        with quiet():
+            yield
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in an error of its own
+        raise StorageError(f"The model can't be written to {directory}: {error}. Free some space.") from error
 
 
 @contextlib.contextmanager

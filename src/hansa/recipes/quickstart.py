@@ -45,7 +45,7 @@ from hansa.core.config import Job
 from hansa.errors import DataError, JobError, ModelError, NonFiniteError
 from hansa.recipes import causal_lm
 from hansa.recipes.data import SiteData
-from hansa.recipes.pretrained import quiet
+from hansa.recipes.pretrained import saving
 
 Report = Callable[[int, int, float], None]
 """What is told of pre-training: ``(done steps, total steps, loss in nats per byte)``."""
@@ -405,7 +405,7 @@ def _pretrain(
             if progress is not None:
                 progress(len(losses), plan.steps, losses[-1])
     saved: Any = net
-    with quiet():
+    with saving(folder):
         saved.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     last = losses[-max(1, len(losses) // 10) :]
