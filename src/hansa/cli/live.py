@@ -43,7 +43,7 @@ def shown(console: Console, job: Job | None = None) -> Iterator[Progress]:
     with screen.live:
         try:
             yield screen
-        except BaseException:
+        except BaseException:  # whatever ends the stage, the screen shows that it failed
             screen.end_stage(failed=True)
             raise
         screen.end_stage()

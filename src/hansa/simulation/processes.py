@@ -106,7 +106,7 @@ class Processes:
             for site in sorted(self._job.engine.sites):
                 if site not in self.sites:
                     raise JobError(f"engine.sites names {site!r}; the job's sites are: {', '.join(self.sites)}.")
-        except BaseException:
+        except BaseException:  # __aexit__ is not called when __aenter__ fails, and workers must not stay
             await self.__aexit__()
             raise
         return self
