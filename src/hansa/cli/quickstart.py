@@ -148,7 +148,8 @@ def _seed_table(jobs: Sequence[Job], finished: Sequence[Run]) -> Table:
         for column in ("own", "everyone"):
             values = _values(found, name, column)
             cells.append(f"{number(fmean(values))} ± {stdev(values):.2g}" if len(values) > 1 else "")
-        table.add_row(title, *cells)
+        if any(cells):
+            table.add_row(title, *cells)
     return table
 
 
