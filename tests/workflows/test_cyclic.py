@@ -72,3 +72,12 @@ def test_a_relay_runs_from_a_job(tmp_path):
     done = run(toys.job(workflow="cyclic", output={"dir": str(tmp_path)}))
     params = load_tree(done.model_directory / "model.safetensors")
     np.testing.assert_allclose(params["w"], by_hand(4), rtol=1e-12)
+
+
+async def test_mail_does_not_pile_up_over_rounds(tmp_path):
+    sizes = []
+    for rounds in (2, 8):
+        folder = tmp_path / str(rounds)
+        await records(toys.job(rounds=rounds), folder)
+        sizes.append(len(list((folder / "mail").rglob("*.hansa"))))
+    assert sizes[0] == sizes[1] > 0

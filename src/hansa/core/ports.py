@@ -82,9 +82,12 @@ EVERYONE = "@everyone"
 """The name under which a program trains on all sites' data in one place; for comparisons in simulation only."""
 
 
-def topic(job: str, round: int, sender: str) -> str:
-    """Return the topic under which ``sender`` leaves its trained parameters for a peer."""
-    return f"{job}.{round:06d}.{sender}"
+def topic(job: str, sender: str) -> str:
+    """Return the topic under which ``sender`` leaves its trained parameters for a peer.
+
+    It is the same in every round, so a mailbox holds no more than each sender's last message.
+    """
+    return f"{job}.{sender}"
 
 
 Adjust = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]

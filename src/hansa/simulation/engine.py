@@ -7,7 +7,7 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -137,7 +137,7 @@ class SiteRunner:
         if plan.task == "train":
             self._memory.save(course.name, site, plan.round, memory, accepted)
         if plan.outbox is not None:
-            self._mail.put(plan.outbox, topic(plan.job, plan.round, site), {"params": params})
+            self._mail.put(plan.outbox, topic(plan.job, site), {"params": params})
             update = replace(update, parts={})
         return update
 
@@ -174,6 +174,3 @@ async def inspect_all(engine: Engine) -> tuple[list[SiteReport], Mapping[str, Ha
         else:
             raise result
     return reports, errors
-
-
-Replies = AsyncIterator[Update | Absence]

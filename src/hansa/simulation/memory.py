@@ -156,8 +156,3 @@ class Mailboxes:
                 return wire.read_parts(file, wire.read_envelope(file))
         except OSError as error:
             raise StorageError(f"Nothing lies under {topic!r} for {recipient!r}: {error.strerror}.") from error
-
-    def clear(self) -> None:
-        """Forget every message."""
-        for path in self._directory.glob("*/*.hansa"):
-            path.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ from hansa.simulation.progress import Progress, Silent, Watched
 from hansa.sinks.checkpoint import Checkpoints, early_stop
 from hansa.sinks.metrics import Csv, JsonLines, read_records
 from hansa.sinks.report import write as write_report
-from hansa.workflows.evaluate import Scores, scores_of
+from hansa.workflows.evaluate import Scores
 
 FORMAT = 1
 
@@ -449,15 +449,6 @@ def digest(params: Tree) -> str:
         for _, values in trees.blocks(leaf):
             state.update(values.tobytes())
     return state.hexdigest()
-
-
-def result_of(report: Mapping[str, Any]) -> Scores | None:
-    """Return the federated model's scores in a report, or None where its round was not judged."""
-    for record in report["rounds"]:
-        if record["round"] == report["model"]["round"]:
-            found = scores_of(record["metrics"], record["site_metrics"])
-            return found if found.by_site else None
-    return None
 
 
 def _created(job: Job) -> Path:

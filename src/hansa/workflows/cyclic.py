@@ -101,7 +101,7 @@ class _Turns:
 
 async def _turns(cohort: Cohort, peers: Peers, plan: Plan, asked: Sequence[str], now: Snapshot) -> _Turns:
     """Let each site train in turn; the last message ends in the server's mailbox."""
-    turns = _Turns(topic(plan.job, plan.round, SERVER))
+    turns = _Turns(topic(plan.job, SERVER))
     route = [*asked, SERVER]
     await peers.send(SERVER, route[0], turns.inbox, {"params": now.model.native()})
     for site, following in zip(asked, route[1:], strict=True):
@@ -112,6 +112,6 @@ async def _turns(cohort: Cohort, peers: Peers, plan: Plan, asked: Sequence[str],
             else:
                 turns.accepted.append(site)
                 turns.sums[site] = reply.header.sums
-                turns.inbox = topic(plan.job, plan.round, site)
+                turns.inbox = topic(plan.job, site)
                 reply.release()
     return turns
