@@ -22,8 +22,8 @@ from hansa.core.ports import Correction, SiteReport, Work
 from hansa.core.strategy import Steps
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Plan, Snapshot
-from hansa.simulation.engine import Course
 from hansa.simulation.engines import open_engine
+from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import scatter_gather
 
 

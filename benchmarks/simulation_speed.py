@@ -21,8 +21,8 @@ from hansa.client.functional import Examples, FunctionalProgram, of_torch
 from hansa.client.torch import seeded
 from hansa.core.config import Job, parse
 from hansa.core.values import Model, Snapshot
-from hansa.simulation.engine import Course
 from hansa.simulation.engines import open_engine
+from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import scatter_gather
 
 

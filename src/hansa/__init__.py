@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from hansa.core.optimizer import adagrad, adam, sgd, yogi
     from hansa.errors import HansaError
     from hansa.loop import Process, State, process
-    from hansa.simulation.run import Run, run
+    from hansa.runs.run import Run
+    from hansa.simulation.run import run
     from hansa.strategies.fedavg import fedavg
     from hansa.strategies.fedavgm import fedavgm
     from hansa.strategies.fedopt import fedadagrad, fedadam, fedyogi
@@ -34,7 +35,7 @@ _HOMES = {
     "HansaError": "hansa.errors",
     "Job": "hansa.core.config",
     "Process": "hansa.loop",
-    "Run": "hansa.simulation.run",
+    "Run": "hansa.runs.run",
     "State": "hansa.loop",
     "adagrad": "hansa.core.optimizer",
     "adam": "hansa.core.optimizer",

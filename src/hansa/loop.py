@@ -33,8 +33,8 @@ from hansa.core.tree import Tree
 from hansa.core.values import Absence, Model, Plan, RoundRecord, Snapshot, Update
 from hansa.errors import HansaError, JobError
 from hansa.simulation.batched import chunks, evaluate_many, functional, perform_many
-from hansa.simulation.engine import Course
 from hansa.strategies.fedavg import averaging
+from hansa.workers.runner import Course
 from hansa.workflows.evaluate import evaluate
 from hansa.workflows.scatter_gather import scatter_gather
 

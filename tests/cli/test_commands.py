@@ -16,7 +16,7 @@ import shell
 import toys
 from hansa.cli.starting import RECIPES, text
 from hansa.core import config
-from hansa.simulation.run import list_runs
+from hansa.runs.run import list_runs
 from hansa.version import VERSION
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "jinja2", "tensorboard", "numpy", "pydantic")

@@ -17,7 +17,7 @@ import pytest
 import shell
 from hansa import errors
 from hansa.errors import HansaError
-from hansa.simulation.run import list_runs
+from hansa.runs.run import list_runs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "exit-codes.md"
 

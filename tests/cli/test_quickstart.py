@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from hansa.recipes import quickstart as recipe
-from hansa.simulation.run import list_runs
+from hansa.runs.run import list_runs
 
 SMALL = [
     *("--set", "rounds=1"),

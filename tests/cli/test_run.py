@@ -16,7 +16,7 @@ import yaml
 import shell
 import toys
 from hansa.cli.starting import toml
-from hansa.simulation.run import Run, list_runs
+from hansa.runs.run import Run, list_runs
 from hansa.sinks.summary import summary
 from hansa.sinks.text import number
 

@@ -14,9 +14,9 @@ from hansa.core.values import Absence, Model, Plan, Snapshot, Update
 from hansa.errors import FitError
 from hansa.simulation import batched
 from hansa.simulation.batched import Batched
-from hansa.simulation.engine import Course
 from hansa.simulation.local import Local
-from hansa.simulation.memory import MemoryPacks
+from hansa.workers.memory import MemoryPacks
+from hansa.workers.runner import Course
 from hansa.workflows import cyclic, scatter_gather
 
 RNG = np.random.default_rng(0)

@@ -24,12 +24,13 @@ from hansa.core.config import parse
 from hansa.core.ports import topic
 from hansa.core.values import Absence, Model, Plan, Snapshot
 from hansa.errors import DataError, HansaError, JobError, QuorumError, SiteError
-from hansa.simulation.engine import Course, inspect_all
+from hansa.runs.engine import inspect_all
 from hansa.simulation.engines import open_engine
 from hansa.simulation.pool import PATIENCE
 from hansa.simulation.processes import Processes
 from hansa.simulation.run import run
 from hansa.strategies.fedavg import fedavg
+from hansa.workers.runner import Course
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -337,7 +338,7 @@ PARENT = """
 import asyncio, sys, pathlib, mischief
 from hansa import registry
 from hansa.core.values import Model, Snapshot
-from hansa.simulation.engine import Course
+from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import scatter_gather
 from hansa.simulation.engines import open_engine
 
@@ -398,7 +399,7 @@ async def test_a_thousand_empty_sites_take_no_time(tmp_path):
 
 
 def test_errors_keep_their_kind_and_context():
-    from hansa.simulation.messages import failed
+    from hansa.workers.messages import failed
 
     error = failed(3, DataError("no rows", site="a", round=2)).as_error()
     assert isinstance(error, DataError)

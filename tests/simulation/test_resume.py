@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import toys
-from hansa.simulation.run import Run, digest, list_runs, run
+from hansa.runs.carrier import digest
+from hansa.runs.run import Run, list_runs
+from hansa.simulation.run import run
 from hansa.sinks.checkpoint import Checkpoints
 
 CHILD = """

@@ -12,7 +12,8 @@ import pytest
 import toys
 from hansa.core.values import Absence, Model, RoundRecord
 from hansa.errors import StorageError
-from hansa.simulation.run import list_runs, run
+from hansa.runs.run import list_runs
+from hansa.simulation.run import run
 from hansa.sinks.checkpoint import Checkpoints, early_stop
 from hansa.sinks.metrics import Csv, JsonLines, read_records
 

@@ -15,12 +15,12 @@ from hansa.core.optimizer import adam, sgd
 from hansa.core.strategy import Steps
 from hansa.core.tree import layout_of
 from hansa.core.values import Aggregate, Model, Plan, Update
-from hansa.simulation.engine import Course, SiteRunner
 from hansa.strategies.fedavg import fedavg
 from hansa.strategies.fedavgm import fedavgm
 from hansa.strategies.fedopt import fedadagrad, fedadam, fedyogi
 from hansa.strategies.fedprox import fedprox
 from hansa.strategies.scaffold import scaffold
+from hansa.workers.runner import Course, SiteRunner
 from quadratics import data, functional
 
 STRATEGIES = {

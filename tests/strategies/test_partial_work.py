@@ -8,8 +8,8 @@ import pytest
 
 import toys
 from hansa.core.values import Model, Snapshot
-from hansa.simulation.engine import Course
 from hansa.simulation.local import Local
+from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import scatter_gather
 
 

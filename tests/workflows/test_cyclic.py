@@ -8,9 +8,9 @@ import toys
 from hansa.core.storage import load_tree
 from hansa.core.values import Model, Snapshot
 from hansa.errors import FitError, QuorumError
-from hansa.simulation.engine import Course
 from hansa.simulation.local import Local
 from hansa.simulation.run import run
+from hansa.workers.runner import Course
 from hansa.workflows.cyclic import cyclic
 
 

@@ -10,8 +10,8 @@ import pytest
 import toys
 from hansa.core.values import Model, Snapshot
 from hansa.errors import QuorumError
-from hansa.simulation.engine import Course
 from hansa.simulation.local import Local
+from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import sample, scatter_gather, wanted
 
 

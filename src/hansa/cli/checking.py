@@ -26,10 +26,11 @@ from hansa.core.strategy import Steps
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Update
 from hansa.errors import FitError, HansaError
-from hansa.simulation.engine import Course, inspect_all
+from hansa.runs.carrier import pieces_of, refusal
+from hansa.runs.engine import inspect_all
 from hansa.simulation.engines import open_engine
-from hansa.simulation.run import pieces_of, refusal
 from hansa.sinks.text import size
+from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import wanted
 
 

@@ -19,7 +19,7 @@ from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.ports import Reply
 from hansa.core.values import TRAINING, Absence, Plan, RoundRecord
-from hansa.simulation.progress import Progress
+from hansa.runs.progress import Progress
 from hansa.sinks.summary import main_metric, mode_of
 from hansa.sinks.text import duration, number, size
 

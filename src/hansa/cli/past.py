@@ -14,7 +14,7 @@ from rich.text import Text
 from hansa.cli import console
 from hansa.cli.running import comparison, comparison_table
 from hansa.errors import HansaError
-from hansa.simulation.run import Run, find_run, list_runs
+from hansa.runs.run import Run, find_run, list_runs
 from hansa.sinks import report as pages
 from hansa.sinks.summary import summary
 from hansa.sinks.text import number

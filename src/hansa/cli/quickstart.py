@@ -19,8 +19,8 @@ from hansa.cli import console, live, running
 from hansa.core import config
 from hansa.core.config import Job
 from hansa.errors import InterruptedRunError, JobError
-from hansa.simulation.progress import Progress
-from hansa.simulation.run import Run
+from hansa.runs.progress import Progress
+from hansa.runs.run import Run
 from hansa.sinks.summary import TITLES, Summary, summary
 from hansa.sinks.text import duration, number, size
 

@@ -19,9 +19,10 @@ from hansa.cli import console, live
 from hansa.core import config
 from hansa.core.config import Job
 from hansa.errors import InterruptedRunError, JobError
-from hansa.simulation import run as runs
-from hansa.simulation.progress import Progress
-from hansa.simulation.run import Run
+from hansa.runs import run as runs
+from hansa.runs.progress import Progress
+from hansa.runs.run import Run
+from hansa.simulation.run import carry_out as simulate
 from hansa.sinks.summary import Summary, federated_round, summary
 from hansa.sinks.text import duration, number, size
 
@@ -66,7 +67,7 @@ def carry_out(job: Job, *, resume: bool | str = False) -> Run:
 
         for kind in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(kind, stop)
-        return await runs.carry_out(job, resume, progress)
+        return await simulate(job, resume, progress)
 
     with live.shown(to, job) as progress:
         return asyncio.run(watched(progress))

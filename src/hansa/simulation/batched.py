@@ -47,9 +47,9 @@ from hansa.core.strategy import Steps, Strategy
 from hansa.core.tree import Array, Parts, Tree
 from hansa.core.values import Absence, Plan, Update
 from hansa.errors import FitError, HansaError
-from hansa.simulation.engine import Course, pin_threads
 from hansa.simulation.local import Local
-from hansa.simulation.memory import MemoryPacks
+from hansa.workers.memory import MemoryPacks
+from hansa.workers.runner import Course, pin_threads
 
 CHUNK_BYTES = 32 << 20
 """What a chunk's stacked parameters, gradients, controls and batches may take, about; it then stays in cache."""

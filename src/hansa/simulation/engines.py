@@ -9,7 +9,7 @@ from pathlib import Path
 from hansa.core.config import Job
 from hansa.core.ports import Program
 from hansa.errors import JobError
-from hansa.simulation.engine import Engine
+from hansa.runs.engine import Engine
 
 _ENGINES = {
     "local": "hansa.simulation.local:Local",

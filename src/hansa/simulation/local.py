@@ -19,8 +19,8 @@ from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Program, Reply, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
-from hansa.simulation.engine import Course, SiteRunner, num_threads, pin_threads
-from hansa.simulation.memory import Mailboxes
+from hansa.workers.memory import Mailboxes
+from hansa.workers.runner import Course, SiteRunner, num_threads, pin_threads
 
 P = ParamSpec("P")
 T = TypeVar("T")

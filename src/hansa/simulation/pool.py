@@ -14,25 +14,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.errors import HansaError, SiteError
-from hansa.simulation.messages import FROM_WORKER, LENGTH, Answer, Close, Failed, Ready, Start, Summarise, Work, frame
-from hansa.simulation.shares import Devices, Machine, Share
+from hansa.simulation.shares import Machine, Share
+from hansa.workers.messages import Close, Ready, Start
+from hansa.workers.worker import Devices, Worker
 
 PATIENCE = 4
 """How many more deadlines an overdue site keeps its place while others wait, if late updates are accepted."""
@@ -40,146 +32,28 @@ PATIENCE = 4
 MAX_FAILED_STARTS = 3
 
 _CLOSE_S = 20.0
-_EXIT_S = 1.0
-_CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from hansa.simulation.worker import main; main(int(sys.argv[1]))"
-)
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-class Worker:
-    """One process and the engine's end of its socket."""
+class PoolWorker(Worker):
+    """A worker in the pool: its slot, the place it works in, and the sites at home in it."""
 
     def __init__(self, slot: int, devices: Devices, threads: int, log: Path) -> None:
+        super().__init__(threads, log, devices)
         self.slot = slot
-        self.devices = devices
-        self.ready = False
         self.place: Place | None = None
         self.served: set[str] = set()
         self.own: dict[Waiter, None] = {}
-        self.started = False
-        self.ending: str | None = None
-        self.failure: Exception | None = None
-        self.serving: asyncio.Task[None] | None = None
-        self._log = log
-        self._tickets = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[Answer]] = {}
-        self._writer: asyncio.StreamWriter | None = None
-        self.connection, theirs = socket.socketpair()
-        environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
-        if devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        with theirs, log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CODE, str(theirs.fileno()), json.dumps(_search_path())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
 
     @property
     def idle(self) -> bool:
         """Whether it could start something now."""
         return self.ready and self.place is None and self.ending is None
 
-    def ticket(self) -> int:
-        """Return a new number for a request."""
-        return next(self._tickets)
-
-    def call(self, request: Work | Summarise) -> asyncio.Future[Answer]:
-        """Send a request; the future is its answer, or SiteError if the worker ends before it."""
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._answers[request.ticket] = answer
-        self.send(request)
-        return answer
-
-    def send(self, message: msgspec.Struct) -> None:
-        """Send a message; one to a worker that has ended is lost, and its end is noticed by the reader."""
-        assert self._writer is not None
-        self._writer.write(frame(message))
-
-    async def serve(self, start: Start, on_ready: Callable[[Ready], None]) -> None:
-        """Read what the worker says until it ends, and see to it that it has ended with all it started."""
-        reader, self._writer = await asyncio.open_connection(sock=self.connection)
-        try:
-            self.send(start)
-            while True:
-                message = FROM_WORKER.decode(await self._read(reader))
-                if isinstance(message, Ready):
-                    self.ready = self.started = True
-                    on_ready(message)
-                elif isinstance(message, Failed) and message.ticket == 0:
-                    self.failure = message.as_error()
-                    break
-                else:
-                    answer = self._answers.pop(message.ticket)
-                    if not answer.done():
-                        answer.set_result(message)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        except msgspec.MsgspecError as error:
-            self.ending = f"its worker sent a malformed answer ({error})"
-        finally:
-            self.ready = False
-            self._writer.close()
-            code = await asyncio.to_thread(self._reap)
-            self._give_up(code)
-
-    async def _read(self, reader: asyncio.StreamReader) -> bytes:
-        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        return await reader.readexactly(length)
-
-    def _reap(self) -> int:
-        """Wait for the process, and kill it, and whatever is left of what it started."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_EXIT_S)
-        self._kill_group()
-        return self.process.wait()
-
-    def kill(self, reason: str) -> None:
-        """End the process and all it started at once; what it was doing is lost for ``reason``."""
-        self.ending = self.ending or reason
-        if self.process.returncode is None:
-            self._kill_group()
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def _give_up(self, code: int) -> None:
-        if self.failure is None:
-            self.failure = SiteError(self.ending or f"{_cause(code)} (its output is in {self._log})")
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(self.failure)
-        self._answers.clear()
-
-
-def _search_path() -> list[str]:
-    return [entry or str(Path.cwd()) for entry in sys.path]
-
-
-def _cause(code: int) -> str:
-    if code >= 0:
-        return f"its worker exited with code {code}"
-    name = signal.Signals(-code).name
-    why = {
-        "SIGKILL": "from outside, or by the system for want of memory",
-        "SIGSEGV": "it crashed in native code",
-        "SIGBUS": "it crashed in native code, or a mapped file shrank",
-        "SIGABRT": "it crashed in native code",
-    }.get(name)
-    return f"its worker was ended by {name}" + (f": {why}" if why else "")
-
 
 class Place:
     """A worker and a share of the machine, held by one site."""
 
-    def __init__(self, worker: Worker, share: Share) -> None:
+    def __init__(self, worker: PoolWorker, share: Share) -> None:
         self.worker = worker
         self.share = share
         self.evict_at: float | None = None
@@ -210,8 +84,8 @@ class Pool:
         self._job = job
         self._directory = directory
         self._machine = machine
-        self.workers: list[Worker] = []
-        self._retired: list[Worker] = []
+        self.workers: list[PoolWorker] = []
+        self._retired: list[PoolWorker] = []
         self._waiting: dict[Waiter, None] = {}
         self._fresh: dict[Waiter, None] = {}
         self._limit = 1
@@ -305,7 +179,7 @@ class Pool:
         place.evict_at = time.monotonic() + patience
         self._pump()
 
-    async def any_worker(self) -> Worker:
+    async def any_worker(self) -> PoolWorker:
         """Return a worker that is ready, an idle one if there is one."""
         while True:
             ready = [worker for worker in self.workers if worker.ready]
@@ -335,7 +209,7 @@ class Pool:
         self._grow()
         self._evict()
 
-    def _choose(self, worker: Worker) -> Waiter | None:
+    def _choose(self, worker: PoolWorker) -> Waiter | None:
         for queue in (worker.own, self._fresh, reversed(self._waiting)):
             for waiter in queue:
                 if waiter.slot in (None, worker.slot) and self._machine.fits(waiter.share, worker.devices):
@@ -366,8 +240,8 @@ class Pool:
         taken = {worker.slot for worker in self.workers}
         return next(slot for slot in itertools.count() if slot not in taken)
 
-    def _start(self, devices: Devices, slot: int) -> Worker:
-        worker = Worker(slot, devices, self._job.engine.threads, self._directory / "sites.log")
+    def _start(self, devices: Devices, slot: int) -> PoolWorker:
+        worker = PoolWorker(slot, devices, self._job.engine.threads, self._directory / "sites.log")
         self.workers.append(worker)
         start = Start(self._job.to_json(), str(self._directory.absolute()))
         worker.serving = asyncio.create_task(worker.serve(start, self._on_ready))
@@ -380,7 +254,7 @@ class Pool:
         self._news.set()
         self._pump()
 
-    def _on_end(self, worker: Worker) -> None:
+    def _on_end(self, worker: PoolWorker) -> None:
         self._news.set()
         if worker in self._retired:
             self._retired.remove(worker)
@@ -404,7 +278,7 @@ class Pool:
             self.withdraw(waiter)
             waiter.refuse(SiteError(f"no worker can be started any more: {cause}", job=self._job.name))
 
-    def _retire(self, worker: Worker) -> None:
+    def _retire(self, worker: PoolWorker) -> None:
         """End a worker that does nothing."""
         self.workers.remove(worker)
         self._retired.append(worker)

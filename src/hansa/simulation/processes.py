@@ -38,9 +38,10 @@ from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
 from hansa.errors import HansaError, JobError, SiteError, StorageError
 from hansa.simulation import shares
-from hansa.simulation.engine import Course, num_threads
 from hansa.simulation.local import LocalPeers
-from hansa.simulation.messages import (
+from hansa.simulation.pool import Place, Pool
+from hansa.simulation.shares import Machine
+from hansa.workers.messages import (
     Absent,
     Answer,
     Answered,
@@ -58,8 +59,7 @@ from hansa.simulation.messages import (
     Summarise,
     Work,
 )
-from hansa.simulation.pool import Place, Pool
-from hansa.simulation.shares import Machine
+from hansa.workers.runner import Course, num_threads
 
 _ATTEMPTS = 3
 _SETTLE_S = 0.05

@@ -20,10 +20,8 @@ from pathlib import Path
 
 from hansa.core.config import EngineSection
 from hansa.errors import JobError
-from hansa.simulation.engine import num_threads
-
-Devices = tuple[str, ...] | None
-"""The GPUs that a worker sees, as in CUDA_VISIBLE_DEVICES; None leaves the variable as it is."""
+from hansa.workers.runner import num_threads
+from hansa.workers.worker import Devices
 
 _ROUNDING = 1e-9
 

@@ -29,8 +29,7 @@ from hansa.core.ports import Program
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan
 from hansa.errors import HansaError
-from hansa.simulation.engine import Course, SiteRunner, pin_threads
-from hansa.simulation.messages import (
+from hansa.workers.messages import (
     LENGTH,
     TO_WORKER,
     Absent,
@@ -53,6 +52,7 @@ from hansa.simulation.messages import (
     failed,
     frame,
 )
+from hansa.workers.runner import Course, SiteRunner, pin_threads
 
 _LOG = logging.getLogger("hansa.worker")
 

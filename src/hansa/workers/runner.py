@@ -1,29 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every engine offers a run, and what it does at a site."""
+"""What is done at a site: plans carried out under a course, in this process or in a worker."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from hansa import registry
 from hansa.client.work import perform
 from hansa.core.config import Choice, EngineSection
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
-from hansa.core.ports import Cohort, Peers, Program, SiteReport, topic
+from hansa.core.ports import Program, topic
 from hansa.core.strategy import Strategy
-from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan, Update
 from hansa.errors import HansaError
 from hansa.filters.weigh import weigh
-from hansa.simulation.memory import Mailboxes, MemoryStore
+from hansa.workers.memory import Mailboxes, MemoryStore
 
 
 @dataclass(frozen=True)
@@ -55,53 +51,6 @@ class Course:
         ]
         place = next((i for i, piece in enumerate(chosen) if Trait.CLIPS not in piece.traits), len(chosen))
         return strategy, [*chosen[:place], weigh(), *chosen[place:]]
-
-
-class Engine(Protocol):
-    """Runs all sites of a job somewhere on this machine. An async context manager."""
-
-    @property
-    def traits(self) -> frozenset[Trait]:
-        """The engine's own traits and its program's."""
-        ...
-
-    @property
-    def sites(self) -> Sequence[str]:
-        """All sites, sorted."""
-        ...
-
-    async def __aenter__(self) -> Engine:
-        """Start whatever it needs."""
-        ...
-
-    async def __aexit__(self, *exception: object) -> None:
-        """End every process it started."""
-        ...
-
-    async def initial(self) -> Tree:
-        """Return the parameters that training starts from."""
-        ...
-
-    async def inspect(self, site: str) -> SiteReport:
-        """Check one site's data against the job (DataError)."""
-        ...
-
-    async def export(self, params: Tree, directory: Path) -> None:
-        """Write a usable model with ``params`` to ``directory``."""
-        ...
-
-    async def show(self, params: Tree) -> Mapping[str, str]:
-        """Return something to look at: prompt -> what a model with ``params`` makes of it; or nothing."""
-        ...
-
-    def cohort(self, course: Course) -> Cohort:
-        """Return the sites of ``course`` as a workflow sees them."""
-        ...
-
-    @property
-    def peers(self) -> Peers:
-        """The mailboxes between sites."""
-        ...
 
 
 class SiteRunner:
@@ -159,18 +108,3 @@ def pin_threads(count: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
-
-
-async def inspect_all(engine: Engine) -> tuple[list[SiteReport], Mapping[str, HansaError]]:
-    """Check every site's data before training; return the reports, and the errors by site."""
-    found = await asyncio.gather(*(engine.inspect(site) for site in engine.sites), return_exceptions=True)
-    reports = []
-    errors: dict[str, HansaError] = {}
-    for site, result in zip(engine.sites, found, strict=True):
-        if isinstance(result, SiteReport):
-            reports.append(result)
-        elif isinstance(result, HansaError):
-            errors[site] = result
-        else:
-            raise result
-    return reports, errors

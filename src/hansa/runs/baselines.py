@@ -18,8 +18,9 @@ from hansa.core.ports import EVERYONE
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Snapshot
 from hansa.errors import QuorumError, SiteError
-from hansa.simulation.engine import Course, Engine
-from hansa.simulation.progress import Progress
+from hansa.runs.engine import Engine
+from hansa.runs.progress import Progress
+from hansa.workers.runner import Course
 from hansa.workflows.evaluate import Scores, evaluate, scores_of
 from hansa.workflows.scatter_gather import scatter_gather
 

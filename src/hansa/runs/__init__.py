@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job carried out by an engine, with everything it gives on disk."""

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attempt at a run, whatever engine carries it: check, train, compare, export, report."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import hansa.version
+from hansa import registry
+from hansa.core import storage
+from hansa.core import tree as trees
+from hansa.core.config import Job
+from hansa.core.fit import Piece, Trait, check_fit
+from hansa.core.ports import Cohort, SiteReport
+from hansa.core.strategy import Strategy
+from hansa.core.tree import Tree
+from hansa.core.values import Model, RoundRecord, Snapshot
+from hansa.core.workflow import Workflow
+from hansa.errors import DataError, HansaError, MissingExtraError
+from hansa.runs import run as runs
+from hansa.runs.baselines import Baselines
+from hansa.runs.engine import Engine, inspect_all
+from hansa.runs.progress import Progress, Watched
+from hansa.runs.run import Run
+from hansa.sinks.checkpoint import Checkpoints, early_stop
+from hansa.sinks.metrics import Csv, JsonLines, read_records
+from hansa.sinks.report import write as write_report
+from hansa.workers.runner import Course
+from hansa.workflows.evaluate import Scores
+
+
+class Sink(Protocol):
+    """An observer of rounds."""
+
+    def write(self, record: RoundRecord) -> None:
+        """Take one record; called once a round, in order."""
+        ...
+
+    def close(self) -> None:
+        """The run is over."""
+        ...
+
+
+async def carry_out(
+    run: Run,
+    open_engine: Callable[[Path], Engine],
+    progress: Progress,
+    strategy: Strategy | None = None,
+    sinks: Sequence[Sink] = (),
+) -> None:
+    """Bring ``run`` to its end, from wherever it stands.
+
+    Args:
+        run: the run; it is locked meanwhile.
+        open_engine: returns the engine, not yet entered, given a folder for its own files.
+        progress: shows what happens.
+        strategy: an algorithm in place of the job's.
+        sinks: further observers of rounds.
+
+    Raises:
+        HansaError: of the kind that says what went wrong; finished rounds are on disk.
+    """
+    with runs.locked(run.directory), runs.status(run.directory):
+        work = run.directory / "work"
+        work.mkdir(exist_ok=True)
+        progress.say(f"Run {run.id} in {run.directory}")
+        async with open_engine(work) as engine:
+            await _Carrier(run.job, run.directory, engine, progress, strategy, sinks).carry_out()
+
+
+class _Carrier:
+    """One attempt at one run."""
+
+    def __init__(
+        self,
+        job: Job,
+        directory: Path,
+        engine: Engine,
+        progress: Progress,
+        strategy: Strategy | None,
+        sinks: Sequence[Sink],
+    ) -> None:
+        self._job = job
+        self._directory = directory
+        self._work = directory / "work"
+        self._engine = engine
+        self._progress = progress
+        self._course = Course(job.name, tuple(engine.sites), strategy or job.strategy, tuple(job.filters))
+        self._given_sinks = sinks
+        self._begun = time.perf_counter()
+        evaluation = job.evaluation
+        self._checkpoints = Checkpoints(directory / "checkpoints", job.output.keep, evaluation.metric, evaluation.mode)
+
+    async def carry_out(self) -> None:
+        """Check, train, compare, export, report."""
+        check(self._job, self._engine, self._course)
+        sites = await self._inspect()
+        strategy, _ = self._course.pieces()
+        initial = await self._initial()
+        last = await self._train(strategy, initial)
+        chosen = self._chosen(last)
+        scores, failed = await self._baselines(initial)
+        seconds = time.perf_counter() - self._begun
+        await self._finish(chosen, initial, sites, scores, failed, seconds)
+
+    async def _inspect(self) -> list[SiteReport]:
+        self._progress.stage("checking the sites' data", 0)
+        reports, errors = await inspect_all(self._engine)
+        error = refusal(self._job, len(reports), errors)
+        if error is not None:
+            raise error
+        storage.write_json(self._directory / "sites.json", [asdict(report) for report in reports])
+        return reports
+
+    async def _initial(self) -> Tree:
+        path = self._directory / "initial.safetensors"
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            storage.save_tree(temporary, await self._engine.initial())
+            temporary.replace(path)
+        return storage.load_tree(path)
+
+    async def _train(self, strategy: Strategy, initial: Tree) -> Snapshot:
+        start = self._checkpoints.load()
+        if start is None:
+            model = Model.start(initial)
+            start = Snapshot(0, model, strategy.init(model))
+        else:
+            self._progress.say(f"Going on after round {start.round}.")
+        self._checkpoints.forget_after(start.round)
+        lines = JsonLines(self._directory / "metrics.jsonl", after=start.round)
+        rows = Csv(self._directory / "metrics.csv", lines.records)
+        sinks: list[Sink] = [lines, rows, *self._given_sinks]
+        if self._job.output.tensorboard:
+            module = registry.load_object("hansa.sinks.tensorboard:TensorBoard")
+            sinks.append(module(self._directory / "tensorboard"))
+        sinks.append(self._checkpoints)
+        self._progress.stage("federated training", self._job.rounds, start.round)
+        now = start
+        if not self._enough(lines.records):
+            async for record in self._rounds(strategy, start):
+                for sink in sinks:
+                    sink.write(record)
+                now = Snapshot(record.round, record.model, record.state, record.acknowledged)
+                self._progress.round(record)
+                self._progress.advance()
+                if self._enough(lines.records):
+                    self._progress.say(f"Stopped early: {self._job.evaluation.metric} no longer improves.")
+                    break
+        for sink in sinks:
+            sink.close()
+        return now
+
+    def _enough(self, records: list[dict[str, Any]]) -> bool:
+        evaluation = self._job.evaluation
+        return early_stop(records, evaluation.metric, evaluation.mode, evaluation.patience)
+
+    def _rounds(self, strategy: Strategy, start: Snapshot) -> AsyncIterator[RoundRecord]:
+        cohort: Cohort = Watched(self._engine.cohort(self._course), self._progress)
+        workflow = workflow_of(self._job)
+        return workflow.rounds(self._job, strategy, cohort, self._engine.peers, start, self._work)
+
+    def _chosen(self, last: Snapshot) -> Snapshot:
+        best = self._checkpoints.best
+        if self._job.output.model == "best" and best:
+            return self._checkpoints.load(best["round"]) or last
+        return last
+
+    async def _baselines(self, initial: Tree) -> tuple[dict[str, Scores], dict[str, str]]:
+        path = self._directory / "baselines.json"
+        stored = storage.read_json(path) if path.exists() else {}
+        done = {name: Scores(entry["overall"], entry["by_site"]) for name, entry in stored.items()}
+
+        def save(name: str, scores: Scores) -> None:
+            done[name] = scores
+            storage.write_json(path, {n: {"overall": s.overall, "by_site": s.by_site} for n, s in sorted(done.items())})
+
+        baselines = Baselines(self._job, self._engine, initial, self._work, dict(done), save)
+        failed = await baselines.run(self._progress)
+        return done, failed
+
+    async def _finish(
+        self,
+        chosen: Snapshot,
+        initial: Tree,
+        sites: Sequence[SiteReport],
+        baselines: Mapping[str, Scores],
+        failed: Mapping[str, str],
+        seconds: float,
+    ) -> None:
+        self._progress.stage("saving the model and the report", 0)
+        params = chosen.model.native()
+        export = self._directory / ".export"
+        shutil.rmtree(export, ignore_errors=True)
+        export.mkdir()
+        await self._engine.export(params, export)
+        for item in export.iterdir():
+            target = self._directory / item.name
+            if target.exists():
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+            item.replace(target)
+        export.rmdir()
+        report = {
+            "format": runs.FORMAT,
+            "run": self._directory.name,
+            "job": self._job.model_dump(mode="json"),
+            "hansa": hansa.version.VERSION,
+            "platform": platform.platform(),
+            "created": runs.now(),
+            "seconds": seconds,
+            "sites": [asdict(site) for site in sites],
+            "rounds": read_records(self._directory / "metrics.jsonl"),
+            "model": {
+                "round": chosen.round,
+                "parameters": sum(leaf.size for leaf in params.values()),
+                "bytes": trees.num_bytes(params),
+                "sha256": digest(params),
+            },
+            "baselines": {n: {"overall": s.overall, "by_site": s.by_site} for n, s in sorted(baselines.items())},
+            "failed_baselines": dict(failed),
+            "samples": await self._samples(initial, params),
+        }
+        storage.write_json(self._directory / "report.json", report)
+        try:
+            write_report(self._directory, report)
+        except MissingExtraError as error:
+            self._progress.say(f"report.json is written, report.html is not. {error.message}")
+
+    async def _samples(self, initial: Tree, params: Tree) -> list[dict[str, str]]:
+        before = await self._engine.show(initial)
+        after = await self._engine.show(params)
+        return [{"prompt": p, "before": before[p], "after": after[p]} for p in before]
+
+
+def refusal(job: Job, ready: int, errors: Mapping[str, HansaError]) -> HansaError | None:
+    """Return the error that says why sites can't take part, of the kind of the first, or None if all can.
+
+    Args:
+        job: the job.
+        ready: how many sites can take part.
+        errors: site -> why it can't.
+    """
+    if errors:
+        lines = "\n".join(f"  {site}: {error.message}" for site, error in errors.items())
+        kind = type(next(iter(errors.values())))
+        return kind(f"{len(errors)} of {ready + len(errors)} sites can't take part:\n{lines}", job=job.name)
+    if not ready:
+        return DataError("The job has no sites. Check data.train and partition.", job=job.name)
+    return None
+
+
+def check(job: Job, engine: Engine, course: Course) -> None:
+    """Raise FitError if the pieces of ``job`` do not compose."""
+    check_fit(pieces_of(job, engine.traits, course))
+
+
+def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> list[Piece]:
+    """Return every piece of a job with its traits."""
+    strategy, filters = course.pieces()
+    plain = job.train.optimizer == "sgd" and not job.train.momentum
+    steps = frozenset() if plain else frozenset({Trait.ADAPTIVE_STEPS})
+    cohort: set[Trait] = set()
+    if job.cohort.deadline_s is not None:
+        cohort.add(Trait.TIMED)
+    if job.cohort.late == "accept":
+        cohort.add(Trait.STALE)
+    workflow = workflow_of(job)
+    vectorised = {Trait.VECTORISED} if job.engine.name == "batched" else set()
+    return [
+        Piece("strategy", strategy.name, strategy.traits),
+        *(Piece("filter", piece.name, piece.traits) for piece in filters),
+        Piece("recipe", job.recipe.name, program_traits - {Trait.VECTORISED} - steps),
+        Piece("optimizer", job.train.optimizer, steps),
+        Piece("workflow", workflow.name, workflow.traits),
+        Piece("cohort", "policy", frozenset(cohort)),
+        Piece("engine", job.engine.name, frozenset(vectorised)),
+    ]
+
+
+def workflow_of(job: Job) -> Workflow:
+    """Return the workflow that the job names."""
+    chosen: Workflow = registry.build("workflows", job.workflow.name, job.workflow.options)
+    return chosen
+
+
+def digest(params: Tree) -> str:
+    """Return the SHA-256 of all tensors' names, dtypes, shapes and bytes, in the order of their names."""
+    state = hashlib.sha256()
+    for name in sorted(params):
+        leaf = params[name]
+        state.update(f"{name}\0{leaf.dtype.name}\0{leaf.shape}\0".encode())
+        for _, values in trees.blocks(leaf):
+            state.update(values.tobytes())
+    return state.hexdigest()
