@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network: messages, files in content-addressed pieces, and the mutually authenticated connection they take."""
