@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,6 +188,31 @@ def test_numpy_numbers_are_fine_as_metrics() -> None:
 def test_the_encoding_is_a_function_of_the_value() -> None:
     assert encode(SMALL) == encode(SMALL)
     assert encode(SMALL) == encode(decode(encode(SMALL)).parts)
+
+
+def pieces(path: Path) -> list[bytes]:
+    data, places = path.read_bytes(), wire.cuts(path)
+    assert places[0] == 0
+    assert places[-1] == len(data)
+    return [data[begin:end] for begin, end in itertools.pairwise(places)]
+
+
+def test_a_file_is_cut_by_its_layout_alone(tmp_path: Any) -> None:
+    rng = np.random.default_rng(0)
+    tree = {
+        f"{i:03d}": rng.normal(size=size).astype(np.float32)
+        for i, size in enumerate([5, 3_000_000, 0, 1, *[9999] * 99])
+    }
+    wire.spool(Update("a", 1, 0, {"delta": tree}, 1.0, {}), tmp_path / "a")
+    wire.spool(Update("another", 2, 1, {"delta": {**tree, "001": tree["001"] + 1}}, 0.5, {"loss": 1.0}), tmp_path / "b")
+    a, b = pieces(tmp_path / "a"), pieces(tmp_path / "b")
+    assert len(a) == len(b)
+    assert all(0 < len(piece) <= 2 << 20 for piece in a)
+    same = [left == right for left, right in zip(a, b, strict=True)]
+    assert not same[0]
+    assert sum(same) >= 3, "tensors that stay as they were give the same pieces"
+    wire.spool(Update("a", 1, 0, {}, 1.0, {}), tmp_path / "empty")
+    assert len(pieces(tmp_path / "empty")) == 1
 
 
 # --- what can't be written -----------------------------------------------------------------------------------

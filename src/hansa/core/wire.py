@@ -185,6 +185,37 @@ def read_chunks(file: BinaryIO, envelope: Envelope) -> Iterator[Chunk]:
         raise WireError("Bytes follow the last chunk.")
 
 
+PIECE_BYTES = 1 << 20
+"""About how many bytes of a value's file travel at a time."""
+
+
+def cuts(path: Path) -> list[int]:
+    """Return where the file of a value may be cut for the journey: the offsets at which its pieces begin, and its end.
+
+    The first piece is all that comes before the first tensor. The others hold about ``PIECE_BYTES`` of tensors and
+    depend on the layout alone, so tensors that stay as they were give the same pieces whatever the header says.
+
+    Raises:
+        WireError: the file is no Hansa value.
+        StorageError: it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            envelope = read_envelope(file)
+            end = file.tell()
+    except OSError as error:
+        raise StorageError(f"Can't read {path}: {error.strerror}.") from error
+    found = [0, end]
+    for _, _, spec in envelope.tensors():
+        block = trees.BLOCK * int(trees.dtype_of(spec.dtype).itemsize)
+        for offset in range(0, spec.num_bytes, block):
+            step = _FRAME.size + min(block, spec.num_bytes - offset)
+            if end + step - found[-1] > PIECE_BYTES + _FRAME.size and end > found[-1]:
+                found.append(end)
+            end += step
+    return found if end == found[-1] else [*found, end]
+
+
 def read_parts(file: BinaryIO, envelope: Envelope) -> dict[str, dict[str, Array]]:
     """Read all chunks into whole tensors, in the writer's order; memory grows only as bytes arrive."""
     buffers = {part: {name: bytearray() for name in layout} for part, layout in envelope.layout.items()}
