@@ -99,7 +99,8 @@ class DataSection(Section):
     """Which data, in which columns. The label map is fixed here, never guessed at a site."""
 
     train: str | list[str] | dict[Name, str] = Field(
-        description="A file, folder, glob, list of them, or hub name; or a table SITE = file."
+        description="A file, folder, glob, list of them, or hub name; or a table SITE = file; or, in a deployment, "
+        "site:NAME for what each site calls NAME."
     )
     test: str | list[str] | dict[Name, str] | None = Field(
         None, description="Held-out data, in the same form. If left out, test_fraction of each site's rows."
@@ -157,6 +158,9 @@ class CohortSection(Section):
         0.5, description="The least answers a round needs: a fraction of those asked, or a whole number of sites."
     )
     deadline_s: Annotated[float, Field(gt=0)] | None = Field(None, description="Seconds a site has to answer.")
+    sites: list[Name] | None = Field(
+        None, description="In a deployment: who takes part; every site of the federation by default."
+    )
     late: Literal["discard", "accept"] = Field(
         "discard",
         description="What becomes of an answer after the deadline: accept adds it to a later round.",
@@ -230,6 +234,10 @@ class Job(Section):
     model: ModelSection = ModelSection()
     data: DataSection | None = None
     partition: Choice | None = None
+    files: list[str] = Field(
+        default_factory=list,
+        description="Files, folders or globs in the job's folder that travel with it to the sites of a deployment.",
+    )
     train: TrainSection = TrainSection()
     strategy: Choice = Choice(name="fedavg")
     filters: list[Choice] = Field(default_factory=list)
