@@ -14,6 +14,8 @@ HansaError                  1
 │   ├── ChecksumError       8   bytes damaged on their way
 │   └── VersionError        8   a value written in a format this release does not read
 ├── MissingExtraError       9   an optional library that this job needs is not installed
+├── AccessError            10   who you are does not allow this: an unknown, expired or revoked certificate, a small role
+├── UnreachableError       11   a server that can't be reached
 └── InterruptedRunError   130   stopped by the user; the finished rounds are on disk
 
 0 is success and 70 a defect in Hansa itself (a traceback is shown). Exit codes are part of the interface.
@@ -122,6 +124,18 @@ class MissingExtraError(HansaError):
     """An optional library that the job needs is not installed."""
 
     exit_code = 9
+
+
+class AccessError(HansaError):
+    """Who asks may not: a certificate unknown, wrong, expired or revoked, or a role or scope too small."""
+
+    exit_code = 10
+
+
+class UnreachableError(HansaError):
+    """A server that can't be reached: a wrong address, a refused connection, a network that is down."""
+
+    exit_code = 11
 
 
 class InterruptedRunError(HansaError):
