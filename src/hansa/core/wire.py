@@ -4,22 +4,21 @@
     magic      6 bytes    b"HANSA\\0"
     format     u16        FORMAT
     length     u32        bytes of the header
-    crc        u32        CRC-32 of the header
+    digest     u64        XXH3-64 of the header
     header     JSON       {"kind", "meta", "parts": {part: {tensor: [dtype, shape]}}}
-    chunk*                tensor u32 · offset u64 (bytes) · length u32 · crc u32 · payload
+    chunk*                tensor u32 · length u32 · offset u64 (bytes) · digest u64 (XXH3-64) · payload
 
 All integers and elements are little-endian. Tensors come in canonical order (parts, then names, sorted), their
 chunks in order, without gaps, of ``tree.BLOCK`` elements each but a tensor's last. So a reader knows every byte's
 place: truncation, surplus, reordering and damage are all errors. Nothing is unpickled, names are never used as
 paths, and no size is trusted before its bytes are there; memory is one chunk. There is no limit on a tensor's or a
-value's size.
+value's size. Digests find damage, not malice: who sent a value is the transport's to know.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +26,21 @@ from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
+from xxhash import xxh3_64_intdigest as digest_of
 
 from hansa.core import tree as trees
 from hansa.core.tree import Array, Parts, Spec
 from hansa.core.values import Chunk, Header, Plan, Task, Update
 from hansa.errors import ChecksumError, NonFiniteError, StorageError, VersionError, WireError
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"HANSA\0"
 MAX_HEADER_BYTES = 64 << 20
 MAX_TENSORS = 1 << 20
 MAX_DIMS = 32
 
-_PREAMBLE = struct.Struct("<6sHII")
-_FRAME = struct.Struct("<IQII")
+_PREAMBLE = struct.Struct("<6sHIQ")
+_FRAME = struct.Struct("<IIQQ")
 
 
 class _Head(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,7 +78,7 @@ def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> i
         head = msgspec.json.encode(_Head(kind, dict(meta), layout))
     except UnicodeEncodeError as error:
         raise WireError(f"The name {error.object!r} is not valid text.") from None
-    written = file.write(_PREAMBLE.pack(MAGIC, FORMAT, len(head), zlib.crc32(head)))
+    written = file.write(_PREAMBLE.pack(MAGIC, FORMAT, len(head), digest_of(head)))
     written += file.write(head)
     index = 0
     for part in sorted(parts):
@@ -86,7 +86,7 @@ def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> i
             leaf = np.ascontiguousarray(parts[part][name], trees.dtype_of(layout[part][name][0]))
             for start, values in trees.blocks(leaf):
                 payload = values.view(np.uint8).data
-                frame = _FRAME.pack(index, start * leaf.itemsize, len(payload), zlib.crc32(payload))
+                frame = _FRAME.pack(index, len(payload), start * leaf.itemsize, digest_of(payload))
                 written += file.write(frame)
                 written += file.write(payload)
             index += 1
@@ -122,7 +122,7 @@ def read_envelope(file: BinaryIO) -> Envelope:
         VersionError: they are in a format that this release does not read.
         ChecksumError: the header is damaged.
     """
-    magic, version, length, crc = _PREAMBLE.unpack(_read_exactly(file, _PREAMBLE.size, "the preamble"))
+    magic, version, length, digest = _PREAMBLE.unpack(_read_exactly(file, _PREAMBLE.size, "the preamble"))
     if magic != MAGIC:
         raise WireError("These bytes are not a Hansa value (wrong magic number).")
     if version != FORMAT:
@@ -130,7 +130,7 @@ def read_envelope(file: BinaryIO) -> Envelope:
     if length > MAX_HEADER_BYTES:
         raise WireError(f"The header claims {length} bytes; at most {MAX_HEADER_BYTES} are read.")
     raw = _read_exactly(file, length, "the header")
-    if zlib.crc32(raw) != crc:
+    if digest_of(raw) != digest:
         raise ChecksumError("The header is damaged (its checksum does not match).")
     try:
         head = msgspec.json.decode(raw, type=_Head)
@@ -168,14 +168,14 @@ def read_chunks(file: BinaryIO, envelope: Envelope) -> Iterator[Chunk]:
         offset = 0
         while offset < spec.num_bytes:
             where = f"tensor {_shown(name)} of {_shown(part)} at byte {offset}"
-            tensor, start, length, crc = _FRAME.unpack(_read_exactly(file, _FRAME.size, where))
+            tensor, length, start, digest = _FRAME.unpack(_read_exactly(file, _FRAME.size, where))
             if tensor != index or start != offset:
                 raise WireError(f"A chunk is out of order: expected {where}.")
             expected = min(trees.BLOCK * dtype.itemsize, spec.num_bytes - offset)
             if length != expected:
                 raise WireError(f"A chunk has {length} bytes instead of {expected}: {where}.")
             payload = _read_exactly(file, length, where)
-            if zlib.crc32(payload) != crc:
+            if digest_of(payload) != digest:
                 raise ChecksumError(f"A chunk is damaged (its checksum does not match): {where}.")
             if dtype == np.bool_ and payload.translate(None, b"\0\1"):
                 raise WireError(f"A boolean is neither 0 nor 1: {where}.")
