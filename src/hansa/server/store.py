@@ -1,0 +1,681 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server remembers: jobs, what sites were asked and answered, logs, and the audit log.
+
+SQLite (write-ahead log, synchronous = FULL) by default, or PostgreSQL. Usable from any thread.
+
+    job    queued ──> running ──> finished          task   open ──> done | missing | late | withdrawn
+             ^  │        └──────> failed, aborted          late ──> overdue: the update came after all
+             │  └──────> aborted       │                   withdrawn ──> open, when it is asked for again
+             └─────────────────────────┘                   any ──> replaced, by a task with another plan
+
+Guarantees, each with its test:
+
+- A method that changes something returns after the change is durable, and a killed process leaves all or nothing of it.
+- The first answer to a task stands, whatever comes after it, restarts included.
+- A task asked for again with the same plan is the same task, with its answer.
+- One server writes to a database: a second one is refused, and one that lost the database to another can't write.
+- A job submitted twice with the same key is one job.
+
+    case                                      what happens
+    ----------------------------------------  -------------------------------------------------------------
+    a schema newer than this release          VersionError; nothing is changed
+    a schema older than this release          migrated, in one transaction
+    a damaged, read-only or full database     StorageError; what was there stays
+    an answer to an unknown task, or by       False; nothing is changed
+    another site than the one that was asked
+    an update after the task was answered     False
+    a late update, the first or the second    True, then False
+    a failed job queued again                 sites that gave no update are asked again; updates are kept
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, Row, event
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from hansa.errors import AccessError, JobError, MissingExtraError, StorageError, VersionError
+from hansa.runs.run import now
+from hansa.server import schema
+from hansa.server.schema import audits, events, jobs, owner, sites, tasks
+
+JobState = Literal["queued", "running", "finished", "failed", "aborted"]
+TaskState = Literal["open", "done", "missing", "late", "overdue", "withdrawn", "replaced"]
+TaskKind = Literal["inspect", "train", "evaluate"]
+
+_MOVES: dict[JobState, tuple[JobState, ...]] = {
+    "queued": ("failed", "aborted"),
+    "running": ("queued",),
+    "finished": ("running",),
+    "failed": ("running",),
+    "aborted": ("queued", "running"),
+}
+"""State -> those it is reached from."""
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_BUSY_MS = 10_000
+_ADVISORY_LOCK = 0x68616E7361  # "hansa"
+_LONGEST = 4096
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job.
+
+    Attributes:
+        id: its name at the server.
+        name: the job's own name.
+        submitter: who submitted it.
+        bundle: the manifest of its bundle.
+        rounds: how many it has.
+        round: the last that is finished.
+        size: bytes it holds at the server.
+        state: where it stands.
+        error: why it failed.
+        created, started, ended: ISO 8601, UTC; empty where it has not happened.
+    """
+
+    id: str
+    name: str
+    submitter: str
+    key: str
+    bundle: str
+    rounds: int
+    round: int
+    size: int
+    state: JobState
+    error: str
+    created: str
+    started: str
+    ended: str
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One thing that one site was asked for.
+
+    Attributes:
+        task: its name.
+        job: the job's id.
+        course: the job's name, or that of one of its baselines.
+        round: the round's number; 0 for ``inspect``.
+        kind: inspect, train or evaluate.
+        site: who was asked.
+        plan: the manifest of the plan; empty for ``inspect``.
+        state: where it stands.
+        answer: what the site said beside its update, as JSON.
+        update: under which key the update is kept; empty where there is none.
+        claimed: the round that uses this overdue update, if one does.
+        opened_s: when it was first asked for, in seconds since the epoch.
+    """
+
+    task: str
+    job: str
+    course: str
+    round: int
+    kind: TaskKind
+    site: str
+    plan: str
+    state: TaskState
+    answer: bytes
+    update: str
+    claimed: int | None
+    opened_s: float
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """A site: the release it ran and the time when it was last heard from."""
+
+    site: str
+    release: str
+    seen: str
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """A line of a job's log."""
+
+    number: int
+    job: str
+    time: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """Who (``actor``, in which ``role``) did what (``action``) to whom or what (``subject``), and the outcome."""
+
+    number: int
+    time: str
+    actor: str
+    role: str
+    action: str
+    subject: str
+    outcome: str
+    detail: str
+
+
+class Store:
+    """A server's database; made by :meth:`open`, or by :meth:`view` to look only."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine = engine
+        self._writer = engine.execution_options(immediate=True)
+        self._name = name
+        self._token = ""
+        self._held = contextlib.ExitStack()
+        # A server is one process, so a lock makes what is read in a write transaction hold until it ends.
+        self._writing = threading.Lock()
+
+    @classmethod
+    def open(cls, url: str | None, directory: Path) -> Store:
+        """Open the database as the one server that writes to it, and bring its tables up to date.
+
+        Args:
+            url: ``sqlite:///PATH`` or ``postgresql://...``; None is ``hansa.db`` in ``directory``.
+            directory: the server's folder, which it locks.
+
+        Raises:
+            StorageError: another server is at work, or the database can't be reached, read or written.
+            VersionError: a newer release made its tables.
+            MissingExtraError: the driver of PostgreSQL is not installed.
+            JobError: the URL is not one of a database.
+        """
+        store = cls._connect(url, directory)
+        try:
+            store._held.enter_context(_locked(directory / "server.lock"))
+            store._own()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def view(cls, url: str | None, directory: Path) -> Store:
+        """Open a database to read it, whether or not a server is at work; nothing is changed.
+
+        Raises:
+            StorageError: there is none, or it can't be read.
+            VersionError: another release made its tables.
+        """
+        store = cls._connect(url, directory)
+        with store._reported(), store._engine.connect() as connection:
+            revision = _revision(connection)
+        if revision != schema.REVISION:
+            store.close()
+            if revision is None:
+                raise StorageError(f"There is no server's database at {store._name}.")
+            raise VersionError(f"The database {store._name} was made by another release (schema {revision}).")
+        return store
+
+    @classmethod
+    def _connect(cls, url: str | None, directory: Path) -> Store:
+        try:
+            target = sa.make_url(url or f"sqlite:///{(directory / 'hansa.db').absolute()}")
+            if target.drivername in ("postgresql", "postgres"):
+                target = target.set(drivername="postgresql+psycopg")
+            if target.get_backend_name() not in ("sqlite", "postgresql") or not target.database:
+                raise JobError(
+                    f"The database {target.render_as_string()} is neither sqlite:///PATH nor postgresql://..."
+                )
+            name = target.render_as_string(hide_password=True)
+            if target.get_backend_name() == "sqlite":
+                engine = sa.create_engine(target, pool_size=8)
+            else:
+                engine = sa.create_engine(
+                    target,
+                    pool_size=8,
+                    pool_pre_ping=True,
+                    connect_args={"connect_timeout": 10, "application_name": "hansa server"},
+                )
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise JobError(f"The database is not given as a URL such as postgresql://user@host/name: {error}") from None
+        except ModuleNotFoundError:
+            raise MissingExtraError("PostgreSQL needs its driver: pip install 'hansa[postgres]'.") from None
+        event.listen(engine, "connect", _prepare_sqlite if engine.dialect.name == "sqlite" else _prepare_postgres)
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "begin", _begin_sqlite)
+        return cls(engine, name)
+
+    def _own(self) -> None:
+        """Take the lock of the database, bring the tables up to date, and become their owner."""
+        with self._reported():
+            if self._engine.dialect.name == "sqlite":
+                path = Path(str(self._engine.url.database))
+                self._held.enter_context(_locked(path.with_name(f"{path.name}.lock")))
+                with self._engine.connect() as connection:
+                    verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+                    if verdict != "ok":
+                        raise StorageError(f"The database {self._name} is damaged: {verdict}. Restore a copy of it.")
+            else:
+                session = self._held.enter_context(self._engine.connect())
+                free = session.execute(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))).scalar_one()
+                session.commit()
+                if not free:
+                    raise StorageError(f"Another server is at work on the database {self._name}.")
+            with self._writer.begin() as connection:
+                _migrate(connection, self._name)
+                self._token = secrets.token_hex(16)
+                connection.execute(owner.delete())
+                connection.execute(owner.insert().values(id=1, token=self._token, since=now()))
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._held.close()
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            cause = str(error.orig if isinstance(error, DBAPIError) else error).strip().partition("\n")[0]
+            raise StorageError(f"The database {self._name} could not do it: {cause}.{_advice(cause)}") from error
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with self._reported(), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[Connection]:
+        assert self._token, "this store is for reading only"
+        with self._writing, self._reported(), self._writer.begin() as connection:
+            # The row is locked until the end, so a server that takes over waits for what this one has begun.
+            token = connection.execute(sa.select(owner.c.token).with_for_update(read=True)).scalar_one()
+            if token != self._token:
+                raise StorageError(f"Another server has taken over the database {self._name}. Stop this one.")
+            yield connection
+
+    def ping(self) -> None:
+        """Raise StorageError if the database can't be read."""
+        with self._read() as connection:
+            connection.execute(sa.select(owner.c.id)).first()
+
+    # Jobs
+
+    def add_job(
+        self,
+        id: str,
+        name: str,
+        submitter: str,
+        bundle: str,
+        key: str,
+        rounds: int,
+        *,
+        size: int = 0,
+        most_jobs: int | None = None,
+        most_bytes: int | None = None,
+    ) -> str:
+        """Queue a job and return its id; that of the first where ``submitter`` gave the same key before.
+
+        Args:
+            id, name, submitter, bundle, key, rounds, size: see :class:`JobRow`.
+            most_jobs: how many of the submitter's jobs may be queued or running at a time.
+            most_bytes: how many bytes all his jobs may hold.
+
+        Raises:
+            AccessError: it would be more than the submitter may have.
+            JobError: another job has this id.
+        """
+        with self._write() as connection:
+            first = connection.execute(
+                sa.select(jobs.c.id).where(jobs.c.submitter == submitter, jobs.c.key == key)
+            ).scalar_one_or_none()
+            if first is not None:
+                return str(first)
+            if _find(connection, id) is not None:
+                raise JobError(f"There is a job {id!r} already.")
+            active, held = connection.execute(
+                sa.select(
+                    sa.func.count(sa.case((jobs.c.state.in_(("queued", "running")), 1))),
+                    sa.func.coalesce(sa.func.sum(jobs.c.size), 0),
+                ).where(jobs.c.submitter == submitter)
+            ).one()
+            if most_jobs is not None and active >= most_jobs:
+                raise AccessError(
+                    f"{submitter} has {active} jobs queued or running, and may have {most_jobs}. "
+                    "Wait for one to end, or abort one."
+                )
+            if most_bytes is not None and held + size > most_bytes:
+                raise AccessError(
+                    f"The jobs of {submitter} would hold {held + size} bytes at the server, and may hold {most_bytes}. "
+                    "Delete finished jobs."
+                )
+            values = {"id": id, "name": name, "submitter": submitter, "key": key, "bundle": bundle, "rounds": rounds}
+            rest = {"round": 0, "size": size, "state": "queued", "error": "", "started": "", "ended": ""}
+            connection.execute(jobs.insert().values(**values, **rest, created=now()))
+            return id
+
+    def job(self, id: str) -> JobRow:
+        """Return one job (JobError if there is none)."""
+        with self._read() as connection:
+            return _job(connection, id)
+
+    def jobs(self, submitter: str | None = None, state: JobState | None = None) -> list[JobRow]:
+        """Return all jobs, or a submitter's, or those in a state, oldest first."""
+        query = sa.select(jobs).order_by(jobs.c.number)
+        if submitter is not None:
+            query = query.where(jobs.c.submitter == submitter)
+        if state is not None:
+            query = query.where(jobs.c.state == state)
+        with self._read() as connection:
+            return [JobRow(**_values(row)) for row in connection.execute(query)]
+
+    def set_state(self, id: str, state: JobState, error: str = "") -> JobRow:
+        """Move a job to another state and return it; moving it to where it stands changes nothing.
+
+        A job that is queued again asks anew the sites that had no update for its unfinished round.
+
+        Raises:
+            JobError: there is no such job, or it can't go there from where it stands.
+        """
+        with self._write() as connection:
+            job = _job(connection, id)
+            if job.state == state:
+                return job
+            if job.state not in _MOVES[state]:
+                raise JobError(f"The job is {job.state}; it can't become {state}.", job=id)
+            values: dict[str, Any] = {"state": state, "error": _clean(error)}
+            if state == "running":
+                values["started"] = job.started or now()
+            values["ended"] = now() if state in ("finished", "failed", "aborted") else ""
+            connection.execute(jobs.update().where(jobs.c.id == id).values(**values))
+            if state == "queued":
+                missing = (tasks.c.job == id) & tasks.c.state.in_(("missing", "late"))
+                connection.execute(tasks.update().where(missing).values(state="replaced"))
+            return _job(connection, id)
+
+    def progressed(self, id: str, round: int, size: int) -> None:
+        """Note the last finished round of a job and the bytes it now holds."""
+        with self._write() as connection:
+            connection.execute(jobs.update().where(jobs.c.id == id).values(round=round, size=size))
+
+    def delete_job(self, id: str) -> None:
+        """Forget a job with its tasks and its log.
+
+        Raises:
+            JobError: there is no such job, or it is under way.
+        """
+        with self._write() as connection:
+            job = _job(connection, id)
+            if job.state in ("queued", "running"):
+                raise JobError(f"The job is {job.state}. Abort it before you delete it.", job=id)
+            connection.execute(jobs.delete().where(jobs.c.id == id))
+
+    # Tasks
+
+    def open_tasks(
+        self, job: str, course: str, round: int, kind: TaskKind, plan: str, sites: Sequence[str]
+    ) -> dict[str, TaskRow]:
+        """Ask ``sites`` for something, and return a task for each.
+
+        A site that was asked before with the same plan keeps its task and its answer; with another plan it gets a
+        new task.
+
+        Raises:
+            JobError: there is no such job.
+        """
+        asked = (
+            (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.round == round) & (tasks.c.kind == kind)
+        ) & (tasks.c.state != "replaced")
+        with self._write() as connection:
+            _job(connection, job)
+            stored = {row.site: row for row in connection.execute(sa.select(tasks).where(asked))}
+            known = [stored[site] for site in sites if site in stored]
+            replaced = [row.number for row in known if row.plan != plan]
+            again = [row.number for row in known if row.plan == plan and row.state == "withdrawn"]
+            connection.execute(tasks.update().where(tasks.c.number.in_(replaced)).values(state="replaced"))
+            connection.execute(tasks.update().where(tasks.c.number.in_(again)).values(state="open"))
+            common = {"job": job, "course": course, "round": round, "kind": kind, "plan": plan, "opened_s": time.time()}
+            fresh = [
+                {**common, "task": secrets.token_hex(8), "site": site, "state": "open", "answer": b"", "update": ""}
+                for site in sites
+                if site not in stored or stored[site].plan != plan
+            ]
+            if fresh:
+                connection.execute(tasks.insert(), fresh)
+            rows = {row.site: _task(row) for row in connection.execute(sa.select(tasks).where(asked))}
+            return {site: rows[site] for site in sites}
+
+    def answer(
+        self,
+        task: str,
+        site: str,
+        state: Literal["done", "missing", "late"],
+        answer: bytes = b"",
+        update: str = "",
+    ) -> bool:
+        """Take a site's answer, and say whether it counts: the first one stands.
+
+        Args:
+            task: the task's name.
+            site: who answers.
+            state: ``done``; ``missing``: there will be no update; ``late``: the deadline is over, and an update that
+                comes after all makes it ``overdue``.
+            answer: what the site said, as JSON.
+            update: the key of its update, which is durable.
+        """
+        before = ("open", "late") if state == "done" else ("open",)
+        after = sa.case((tasks.c.state == "late", "overdue"), else_=state)
+        asked = (tasks.c.task == task) & (tasks.c.site == site) & tasks.c.state.in_(before)
+        with self._write() as connection:
+            changed = connection.execute(
+                tasks.update().where(asked).values(state=after, answer=answer, update=update)
+            ).rowcount
+        return changed == 1
+
+    def task(self, task: str) -> TaskRow | None:
+        """Return one task, or None if it is not known (any more)."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(tasks).where(tasks.c.task == task)).one_or_none()
+        return None if row is None else _task(row)
+
+    def tasks(self, job: str, kind: TaskKind | None = None) -> list[TaskRow]:
+        """Return a job's tasks, replaced ones aside, in the order in which they were first asked for."""
+        query = sa.select(tasks).where(tasks.c.job == job, tasks.c.state != "replaced").order_by(tasks.c.number)
+        if kind is not None:
+            query = query.where(tasks.c.kind == kind)
+        with self._read() as connection:
+            return [_task(row) for row in connection.execute(query)]
+
+    def agenda(self, site: str) -> list[TaskRow]:
+        """Return what a site has to do for the jobs that are running; what is late is still welcome."""
+        query = (
+            sa.select(tasks)
+            .join(jobs, jobs.c.id == tasks.c.job)
+            .where(tasks.c.site == site, tasks.c.state.in_(("open", "late")), jobs.c.state == "running")
+            .order_by(tasks.c.number)
+        )
+        with self._read() as connection:
+            return [_task(row) for row in connection.execute(query)]
+
+    def withdraw(self, job: str, course: str, round: int, kind: TaskKind) -> None:
+        """Stop asking the sites that have not answered."""
+        asked = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.round == round) & (tasks.c.kind == kind)
+        with self._write() as connection:
+            connection.execute(tasks.update().where(asked & (tasks.c.state == "open")).values(state="withdrawn"))
+
+    def overdue(self, job: str, course: str, round: int) -> list[TaskRow]:
+        """Return the overdue updates that ``round`` is to use: those that no round has claimed are now its own.
+
+        Asked again after a restart, the round gets the same ones, and what has come since.
+        """
+        mine = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.state == "overdue")
+        with self._write() as connection:
+            connection.execute(tasks.update().where(mine & tasks.c.claimed.is_(None)).values(claimed=round))
+            query = sa.select(tasks).where(mine & (tasks.c.claimed == round)).order_by(tasks.c.round, tasks.c.site)
+            return [_task(row) for row in connection.execute(query)]
+
+    def forget(self, job: str, course: str, before_round: int) -> list[str]:
+        """Forget what earlier rounds were answered, and return the keys of their updates, to be freed.
+
+        What is late, or overdue and not used yet, stays; so does ``inspect``.
+        """
+        past = (tasks.c.round < before_round) & tasks.c.state.not_in(("late", "overdue"))
+        used = (tasks.c.state == "overdue") & (tasks.c.claimed < before_round)
+        done = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.kind != "inspect") & (past | used)
+        with self._write() as connection:
+            keys = connection.execute(sa.select(tasks.c.update).where(done, tasks.c.update != "")).scalars().all()
+            connection.execute(tasks.delete().where(done))
+        return list(keys)
+
+    def updates(self, job: str) -> set[str]:
+        """Return the keys of all updates that a job still needs; others are left over from a crash."""
+        with self._read() as connection:
+            query = sa.select(tasks.c.update).where(tasks.c.job == job, tasks.c.update != "")
+            return set(connection.execute(query).scalars())
+
+    # Sites
+
+    def seen(self, site: str, release: str) -> None:
+        """Note that a site has been heard from."""
+        values = {"release": release, "seen": now()}
+        with self._write() as connection:
+            if not connection.execute(sites.update().where(sites.c.site == site).values(**values)).rowcount:
+                connection.execute(sites.insert().values(site=site, **values))
+
+    def sites(self) -> list[SiteRow]:
+        """Return the sites that were ever heard from, by name."""
+        with self._read() as connection:
+            return [SiteRow(**_values(row)) for row in connection.execute(sa.select(sites).order_by(sites.c.site))]
+
+    # Logs
+
+    def event(self, job: str, kind: str, text: str) -> int:
+        """Add a line to a job's log and return its number (JobError if there is no such job)."""
+        with self._write() as connection:
+            _job(connection, job)
+            line = events.insert().values(job=job, time=now(), kind=kind, text=_clean(text)).returning(events.c.number)
+            return int(connection.execute(line).scalar_one())
+
+    def events(self, job: str, after: int = 0, limit: int = 1000) -> list[EventRow]:
+        """Return the first ``limit`` lines of a job's log after number ``after``."""
+        query = sa.select(events).where(events.c.job == job, events.c.number > after).order_by(events.c.number)
+        with self._read() as connection:
+            return [EventRow(**_values(row)) for row in connection.execute(query.limit(limit))]
+
+    def audit(self, actor: str, role: str, action: str, subject: str, outcome: str, detail: str = "") -> None:
+        """Add an entry to the audit log; no method and no statement changes or deletes one."""
+        values = {"actor": actor, "role": role, "action": action, "subject": subject, "outcome": outcome}
+        clean = {name: _clean(value)[:200] for name, value in values.items()}
+        with self._write() as connection:
+            connection.execute(audits.insert().values(**clean, detail=_clean(detail), time=now()))
+
+    def audits(self, after: int = 0, limit: int = 1000) -> list[AuditRow]:
+        """Return the first ``limit`` audit entries after number ``after``."""
+        query = sa.select(audits).where(audits.c.number > after).order_by(audits.c.number).limit(limit)
+        with self._read() as connection:
+            return [AuditRow(**_values(row)) for row in connection.execute(query)]
+
+
+def _values(row: Row[Any]) -> dict[str, Any]:
+    """Return a row's values; the number that orders jobs and tasks is the database's own business."""
+    values = dict(row._mapping)
+    if "task" in values or "bundle" in values:
+        del values["number"]
+    return values
+
+
+def _task(row: Row[Any]) -> TaskRow:
+    return TaskRow(**_values(row))
+
+
+def _find(connection: Connection, id: str) -> JobRow | None:
+    row = connection.execute(sa.select(jobs).where(jobs.c.id == id)).one_or_none()
+    return None if row is None else JobRow(**_values(row))
+
+
+def _job(connection: Connection, id: str) -> JobRow:
+    job = _find(connection, id)
+    if job is None:
+        raise JobError(f"There is no job {id!r}. `hansa job list` lists them.")
+    return job
+
+
+def _clean(text: str) -> str:
+    """Return text that every database holds, and no longer than a line of a log should be."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()[:_LONGEST]
+
+
+def _advice(cause: str) -> str:
+    if "readonly" in cause or "unable to open" in cause:
+        return " Check that its folder and files belong to the server's user."
+    if "full" in cause or "disk I/O" in cause:
+        return " Free some space; nothing that was accepted is lost."
+    if "malformed" in cause or "not a database" in cause:
+        return " The file is damaged; restore a copy of it."
+    return ""
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # transactions begin in _begin_sqlite, and hold DDL too
+    connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    immediate = connection.get_execution_options().get("immediate")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _prepare_postgres(connection: Any, _: object) -> None:
+    connection.autocommit = True
+    connection.execute("SET synchronous_commit = on")
+    connection.autocommit = False
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """Hold a file's lock, which the kernel frees with the process."""
+    try:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+    except BlockingIOError:
+        raise StorageError(f"Another server is at work in {path.parent} (it holds {path.name}).") from None
+    except OSError as error:
+        raise StorageError(f"Can't lock {path}: {error.strerror}.") from error
+
+
+def _revision(connection: Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one_or_none()
+
+
+def _migrate(connection: Connection, name: str) -> None:
+    """Bring the tables up to date in the connection's transaction (VersionError if they are newer)."""
+    revision = _revision(connection)
+    if revision == schema.REVISION:
+        return
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if revision is not None and revision not in known:
+        raise VersionError(
+            f"The database {name} was made by a newer release of Hansa (schema {revision}; this release knows "
+            f"{schema.REVISION}). Start it with that release."
+        )
+    command.upgrade(config, "head")
