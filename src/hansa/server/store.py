@@ -185,7 +185,7 @@ class Store:
         """Open the database as the one server that writes to it, and bring its tables up to date.
 
         Args:
-            url: ``sqlite:///PATH`` or ``postgresql://...``; None is ``hansa.db`` in ``directory``.
+            url: ``sqlite:///PATH``, relative to ``directory``, or ``postgresql://...``; None is ``sqlite:///hansa.db``.
             directory: the server's folder, which it locks.
 
         Raises:
@@ -224,15 +224,15 @@ class Store:
     @classmethod
     def _connect(cls, url: str | None, directory: Path) -> Store:
         try:
-            target = sa.make_url(url or f"sqlite:///{(directory / 'hansa.db').absolute()}")
+            target = sa.make_url(url or "sqlite:///hansa.db")
             if target.drivername in ("postgresql", "postgres"):
                 target = target.set(drivername="postgresql+psycopg")
             if target.get_backend_name() not in ("sqlite", "postgresql") or not target.database:
                 raise JobError(
                     f"The database {target.render_as_string()} is neither sqlite:///PATH nor postgresql://..."
                 )
-            name = target.render_as_string(hide_password=True)
             if target.get_backend_name() == "sqlite":
+                target = target.set(database=str(directory.absolute() / target.database))
                 engine = sa.create_engine(target, pool_size=8)
             else:
                 engine = sa.create_engine(
@@ -248,7 +248,7 @@ class Store:
         event.listen(engine, "connect", _prepare_sqlite if engine.dialect.name == "sqlite" else _prepare_postgres)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "begin", _begin_sqlite)
-        return cls(engine, name)
+        return cls(engine, target.render_as_string(hide_password=True))
 
     def _own(self) -> None:
         """Take the lock of the database, bring the tables up to date, and become their owner."""
