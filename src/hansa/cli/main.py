@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from hansa.cli import pki
 from hansa.errors import DEFECT, HansaError, InterruptedRunError
 
 app = typer.Typer(
@@ -191,6 +192,10 @@ def quickstart(
     from hansa.cli import quickstart as begin
 
     begin.quickstart(begin.Wish(base, data, by, text, seed, seeds, overrides or []), as_json=as_json)
+
+
+app.command()(pki.provision)
+app.add_typer(pki.app)
 
 
 if __name__ == "__main__":

@@ -294,12 +294,12 @@ class Authority:
         root = read_root(self.certificate_pem).raw
         start = self._clock()
         lifetime = LIFETIMES[claim.role] if lifetime is None else lifetime
-        end = start + lifetime
-        if lifetime < timedelta(minutes=1) or end > root.not_valid_after_utc:
+        if not timedelta(minutes=1) <= lifetime <= root.not_valid_after_utc - start:
             raise JobError(
                 f"A certificate can't count for {lifetime}: at least a minute, and not beyond the authority's own end "
                 f"on {root.not_valid_after_utc:%Y-%m-%d}."
             )
+        end = (start + lifetime).replace(microsecond=0)  # a certificate has whole seconds
         self._check_name(claim, key, another_key=another_key)
         certificate = _leaf(claim, key, hosts, body, (start - CLOCK_SKEW, end), root).sign(self._key, hashes.SHA256())
         pem = certificate.public_bytes(serialization.Encoding.PEM)
