@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dialling end: calls that outlast a broken network, and files that go on from where they were cut off.
+
+===============================================  ================================================================
+no server, a broken connection, a proxy's error  tried again, with pauses that grow to ``MAX_PAUSE_S``, until patience
+                                                 ends: UnreachableError, with the address and the last cause
+a certificate of another federation, or ours     AccessError at once
+refused
+the server's certificate expired                 UnreachableError, after patience: its operator may renew it
+nothing moves for ``stall_s``, connection open   a new connection; a transfer goes on where it was
+killed during a download                         the next one with the same path goes on where it was
+our certificate is renewed                       a new connection for what comes next; old streams get a minute
+a piece with other bytes than its digest says    ChecksumError: TLS came through, so the file at its sender is damaged
+===============================================  ================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import grpc
+import grpc.aio
+
+from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, VersionError, WireError
+from hansa.pki.kit import Kit
+from hansa.transport import diagnosis, messages, protocol
+from hansa.transport.messages import Attend, Done, Follow, Get, JobEvent, Message, Offer, Poll, Ring, Wanted
+from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
+
+CALL_S = 60.0
+"""How long a call may take before it counts as lost (a Poll: beside what it asks to wait)."""
+CONNECT_S = 20.0
+STALL_S = 30.0
+PAUSE_S, MAX_PAUSE_S = 0.2, 10.0
+LEAVE_S = 60.0
+AHEAD = 2
+"""Pieces of a stream that are read or written while another is on the network."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes that are there, bytes of the file)."""
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_M = TypeVar("_M", bound=Message)
+
+_FOR_GOOD = {"UNIMPLEMENTED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "UNAUTHENTICATED"}
+
+
+class Connection:
+    """A connection to a server; made again whenever it breaks, so long as patience lasts.
+
+    Args:
+        kit: who we are, whom we trust.
+        address: ``HOST:PORT``.
+        proxy: ``http://HOST:PORT`` of a proxy to tunnel through (HTTP CONNECT, RFC 9110 §9.3.6). By default what the
+            environment says: ``https_proxy``, ``no_proxy``.
+        patience_s: how long to go on trying to reach the server; None for ever.
+        stall_s: a transfer that stands still for so long goes on over a new connection.
+    """
+
+    def __init__(
+        self,
+        kit: Kit,
+        address: str,
+        *,
+        proxy: str | None = None,
+        patience_s: float | None = 30.0,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self.address = address
+        self._kit = kit
+        self._proxy = proxy
+        self._patience_s = patience_s
+        self._stall_s = stall_s
+        self._channel: Any = None
+        self._identity: tuple[object, ...] = ()
+        self._opening = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
+
+    async def __aenter__(self) -> Connection:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close(None)
+            self._channel = None
+        self._threads.shutdown()
+
+    @overload
+    async def call(self, request: messages.Poll) -> messages.Ring: ...
+    @overload
+    async def call(self, request: messages.AskAgenda) -> messages.Agenda: ...
+    @overload
+    async def call(
+        self,
+        request: messages.Report | messages.Answer | messages.AbortJob | messages.ResumeJob | messages.DeleteJob,
+    ) -> messages.Done: ...
+    @overload
+    async def call(self, request: messages.AskRoster) -> messages.RosterText: ...
+    @overload
+    async def call(self, request: messages.Submit) -> messages.Submitted: ...
+    @overload
+    async def call(self, request: messages.ListJobs) -> messages.JobLines: ...
+    @overload
+    async def call(self, request: messages.ShowJob) -> messages.JobView: ...
+    @overload
+    async def call(self, request: messages.ListSites) -> messages.SiteLines: ...
+    async def call(self, request: Any) -> Any:
+        """Make a call and return its reply; it is made again if it may have been lost.
+
+        Raises:
+            UnreachableError: the server could not be reached while patience lasted.
+            HansaError: what the server said.
+        """
+        name, data = type(request).__name__, protocol.encode(request)
+        timeout = CALL_S + (request.wait_s if isinstance(request, Poll) else 0)
+
+        async def attempt() -> Message:
+            method = (await self._open()).unary_unary(protocol.path_of(name))
+            with _as_ours():
+                reply = await method(data, timeout=timeout, metadata=protocol.METADATA)
+            return protocol.decode(type(request).reply, reply)
+
+        return await self._patiently(attempt, name)
+
+    def attend(self, request: Attend) -> AsyncIterator[Ring]:
+        """Open the doorbell. When the stream breaks this raises UnreachableError; what then is the caller's choice."""
+        return self._events("Attend", request, Ring)
+
+    def follow(self, request: Follow) -> AsyncIterator[JobEvent]:
+        """Read a job's log; as `attend` when the stream breaks."""
+        return self._events("Follow", request, JobEvent)
+
+    async def download(
+        self,
+        job: str,
+        digest: str,
+        path: Path,
+        *,
+        donors: Sequence[tuple[Path, Manifest]] = (),
+        max_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> Manifest:
+        """Fetch a file; what an earlier attempt or a donor has of it is not sent again.
+
+        Args:
+            job: the job that the file belongs to.
+            digest: its manifest's digest.
+            path: where it is to be; ``NAME.part`` beside it while it arrives.
+            donors: files that may hold some of its pieces, with their manifests.
+            max_bytes: the largest file that is accepted.
+            progress: called as pieces come.
+
+        Raises:
+            UnreachableError: the server could not be reached while patience lasted.
+            WireError: the file is too large, or damaged at the server.
+            StorageError: the disk is full here, or fails.
+            HansaError: what the server said.
+        """
+        manifest = await self._patiently(partial(self._manifest, job, digest), "Download")
+        with await self._in_thread(partial(Incoming, path, manifest, donors, max_bytes=max_bytes)) as incoming:
+            fetch = partial(self._fetch, job, incoming, progress)
+            while incoming.num_bytes_missing:
+                await self._patiently(fetch, "Download", lambda: incoming.num_bytes_missing)
+            await self._in_thread(incoming.finish)
+        return manifest
+
+    async def upload(
+        self, job: str, task: str, path: Path, manifest: Manifest, *, progress: Progress | None = None
+    ) -> None:
+        """Send a file; what an earlier attempt brought there is not sent again. It is durable there on return.
+
+        Args:
+            job: the job, empty for a new job's bundle.
+            task: the task that the file answers, or ``bundle``.
+            path: the file, which must not change.
+            manifest: what it consists of.
+            progress: called as pieces go.
+
+        Raises:
+            UnreachableError: the server could not be reached while patience lasted.
+            StorageError: the file can't be read here, or not be kept there.
+            HansaError: what the server said.
+        """
+        sent: list[int] = []
+        offer = Offer(job, task, manifest.digest, len(manifest.encode()))
+        send = partial(self._send, offer, path, manifest, progress, sent)
+        await self._patiently(send, "Upload", lambda: len(sent))
+
+    async def _manifest(self, job: str, digest: str) -> Manifest:
+        data = bytearray()
+        async with self._stream("Download") as call:
+            await call.write(protocol.encode(Get(job, digest)))
+            await call.done_writing()
+            async for part in self._frames(call):
+                data += part
+                if len(data) > MAX_MANIFEST_BYTES:
+                    raise WireError("The server sends a manifest that is too long.")
+        manifest = Manifest.decode(bytes(data))
+        if manifest.digest != digest:
+            raise WireError("The server sent another manifest than the one it was asked for.")
+        return manifest
+
+    async def _fetch(self, job: str, incoming: Incoming, progress: Progress | None) -> None:
+        before, size = incoming.num_bytes_missing, incoming.manifest.num_bytes
+        writing: list[asyncio.Future[None]] = []
+        try:
+            async with self._stream("Download") as call:
+                await call.write(protocol.encode(Get(job, incoming.manifest.digest, incoming.missing())))
+                await call.done_writing()
+                async for data in self._frames(call):
+                    index, payload = protocol.unframe(data)
+                    writing.append(self._in_thread(partial(incoming.write, index, payload)))
+                    if len(writing) > AHEAD:
+                        await writing.pop(0)
+                        if progress:
+                            progress(size - incoming.num_bytes_missing, size)
+                while writing:
+                    await writing.pop(0)
+        finally:
+            await _settled(writing)
+        if incoming.num_bytes_missing == before:
+            raise WireError("The server sent nothing of what it was asked for.")
+        if progress:
+            progress(size - incoming.num_bytes_missing, size)
+
+    async def _send(
+        self, offer: Offer, path: Path, manifest: Manifest, progress: Progress | None, sent: list[int]
+    ) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"Can't read {path}: {error.strerror}.") from error
+
+        def load(index: int) -> bytes:
+            return protocol.frame(index, read_piece(descriptor, manifest, index, path))
+
+        ahead: list[asyncio.Future[bytes]] = []
+        try:
+            async with self._stream("Upload") as call:
+                await self._write(call, protocol.encode(offer))
+                for data in protocol.in_frames(manifest.encode()):
+                    await self._write(call, data)
+                replies = self._frames(call)
+                ranges = protocol.decode(Wanted, await anext(replies, b"")).ranges
+                done = manifest.num_bytes - sum(manifest.pieces[index][0] for index in in_ranges(ranges, manifest))
+                indices = in_ranges(ranges, manifest)
+                waiting: list[int] = []
+                while True:
+                    while len(ahead) <= AHEAD and (index := next(indices, None)) is not None:
+                        ahead.append(self._in_thread(partial(load, index)))
+                        waiting.append(index)
+                    if not ahead:
+                        break
+                    await self._write(call, await ahead.pop(0))
+                    sent.append(waiting.pop(0))
+                    done += manifest.pieces[sent[-1]][0]
+                    if progress:
+                        progress(done, manifest.num_bytes)
+                await call.done_writing()
+                protocol.decode(Done, await anext(replies, b""))
+        finally:
+            await _settled(ahead)
+            os.close(descriptor)
+        if progress:
+            progress(manifest.num_bytes, manifest.num_bytes)
+
+    async def _events(self, name: str, request: Message, kind: type[_M]) -> AsyncIterator[_M]:
+        try:
+            async with self._stream(name) as call:
+                await call.write(protocol.encode(request))
+                await call.done_writing()
+                while (data := await call.read()) is not grpc.aio.EOF:
+                    yield protocol.decode(kind, data)
+        except _LostError as error:
+            raise await self._diagnosed(error) from error
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, name: str) -> AsyncIterator[Any]:
+        """Open a stream, and end it on leaving."""
+        channel = await self._open()
+        call = channel.stream_stream(protocol.path_of(name))(metadata=protocol.METADATA)
+        try:
+            with _as_ours():
+                try:
+                    yield call
+                except asyncio.InvalidStateError:  # a write after the other side ended the call: a read says why
+                    await call.read()
+                    raise _LostError("the server ended the call") from None
+        except _StalledError:
+            self._leave(channel)
+            raise
+        finally:
+            call.cancel()
+
+    async def _frames(self, call: Any) -> AsyncIterator[bytes]:
+        while True:
+            with _stalls(self._stall_s):
+                async with asyncio.timeout(self._stall_s):
+                    data = await call.read()
+            if data is grpc.aio.EOF:
+                return
+            if data != protocol.BEAT:
+                yield data
+
+    async def _write(self, call: Any, data: bytes) -> None:
+        with _stalls(self._stall_s):
+            async with asyncio.timeout(self._stall_s):
+                await call.write(data)
+
+    async def _patiently(
+        self, attempt: Callable[[], Awaitable[_T]], name: str, mark: Callable[[], int] = lambda: 0
+    ) -> _T:
+        """Attempt until it works or patience ends; whenever ``mark`` has changed there was progress."""
+        since, pause, seen = math.inf, PAUSE_S, mark()
+        while True:
+            try:
+                return await attempt()
+            except _LostError as lost:
+                now = time.monotonic()
+                if mark() != seen or since == math.inf:
+                    since, pause, seen = now, PAUSE_S, mark()
+                error = await self._diagnosed(lost)
+                if isinstance(error, AccessError):
+                    raise error from lost
+                if self._patience_s is not None and time.monotonic() + pause - since > self._patience_s:
+                    raise error from lost
+                log.info("%s will be tried again in %.1f s: %s", name, pause, error)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, MAX_PAUSE_S)
+
+    async def _diagnosed(self, lost: _LostError) -> HansaError:
+        if lost.connecting:
+            return await diagnosis.diagnose(self._kit, self.address, self._proxy, str(lost))
+        return UnreachableError(f"The connection to {self.address} broke: {lost}.")
+
+    async def _open(self) -> Any:
+        """Return a channel that is connected, by the certificate of now."""
+        async with self._opening:
+            key, certificate = self._kit.pair()
+            identity = (key, certificate, self._kit.authority_pem(), self._kit.server_name)
+            if self._channel is not None and identity != self._identity:
+                self._leave(self._channel)
+            if self._channel is None:
+                credentials = grpc.ssl_channel_credentials(identity[2], key, certificate)
+                self._channel = grpc.aio.secure_channel(self.address, credentials, self._options())
+                self._identity = identity
+            channel = self._channel
+            try:
+                async with asyncio.timeout(CONNECT_S):
+                    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                        if state in (
+                            grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+                            grpc.ChannelConnectivity.SHUTDOWN,
+                        ):
+                            break
+                        await channel.wait_for_state_change(state)
+                    else:
+                        return channel
+            except TimeoutError:
+                pass
+            self._leave(channel)
+            raise _LostError("no connection came about", connecting=True)
+
+    def _options(self) -> list[tuple[str, object]]:
+        proxy = diagnosis.proxy_for(self.address, self._proxy)
+        return [
+            ("grpc.ssl_target_name_override", self._kit.server_name),
+            ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_receive_message_length", protocol.MAX_AGENDA_BYTES),
+            ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+
+    def _leave(self, channel: Any) -> None:
+        """Use a channel no more; calls that are under way get a while."""
+        if self._channel is channel:
+            self._channel = None
+            task = asyncio.create_task(channel.close(LEAVE_S))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    def _in_thread(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+class _LostError(Exception):
+    """The network's doing: to be tried again."""
+
+    def __init__(self, cause: str, *, connecting: bool = False) -> None:
+        super().__init__(cause)
+        self.connecting = connecting
+
+
+class _StalledError(_LostError):
+    """Nothing moved, though the connection is open."""
+
+
+@contextlib.contextmanager
+def _stalls(seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise _StalledError(f"nothing moved for {seconds:g} s") from None
+
+
+@contextlib.contextmanager
+def _as_ours() -> Iterator[None]:
+    """Turn gRPC's errors into ours, or into _LostError."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise _error_of(error) from error
+    except grpc.aio.UsageError as error:
+        raise _LostError("the connection was closed") from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _LostError("the connection was closed") from None  # by `_leave`, which gRPC reports in this way
+
+
+def _error_of(error: Any) -> Exception:
+    code, details = error.code().name, error.details() or ""
+    for name, value in error.trailing_metadata() or ():
+        if name == protocol.PROBLEM_KEY:
+            met = protocol.raised(value)
+            return _LostError(met.message) if isinstance(met, UnreachableError) else met
+    if code == "UNIMPLEMENTED":
+        return VersionError("The server does not know this call. Install the same release of Hansa at both ends.")
+    if code in _FOR_GOOD:
+        return protocol.from_code(code, details)
+    return _LostError(f"{code}, {details[:300]}")
+
+
+async def _settled(futures: list[asyncio.Future[Any]]) -> None:
+    """Wait for what threads are still at, so that no file is closed under them."""
+    if futures:
+        await asyncio.shield(asyncio.wait(futures))

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why there is no connection, told by trying once more in plain steps: gRPC does not say.
+
+Name, proxy, TCP, TLS, certificates: the first step that fails is the cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import urllib.request
+from urllib.parse import urlsplit
+
+from hansa.errors import AccessError, HansaError, UnreachableError
+from hansa.pki.kit import CERTIFICATE, Kit
+
+STEP_S = 10.0
+
+_EXPIRED, _NOT_YET, _OTHER_NAME = 10, 9, 62  # X509_V_ERR_*, of OpenSSL's x509_vfy.h
+
+
+def proxy_for(address: str, proxy: str | None) -> str | None:
+    """Return the proxy to tunnel through: the one named, or what the environment says of this address."""
+    if proxy is not None:
+        return proxy or None
+    host, _ = split(address)
+    if urllib.request.proxy_bypass_environment(host):
+        return None
+    return urllib.request.getproxies_environment().get("https")
+
+
+def split(address: str) -> tuple[str, int]:
+    """Return host and port.
+
+    Raises:
+        UnreachableError: this is no ``HOST:PORT``.
+    """
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or port is None:
+        raise UnreachableError(f"{address!r} is no address. Write HOST:PORT.")
+    return host, port
+
+
+async def diagnose(kit: Kit, address: str, proxy: str | None, otherwise: str) -> HansaError:
+    """Return the error that says why ``address`` can't be reached; ``otherwise`` is said if now it can."""
+    try:
+        kit.roster().admit(kit.certificate_pem())
+        host, port = split(address)
+        tunnel = proxy_for(address, proxy)
+        reader, writer = await _connected(*(split(urlsplit(tunnel).netloc) if tunnel else (host, port)), tunnel)
+        try:
+            if tunnel:
+                await _tunnelled(reader, writer, host, port, tunnel)
+            await _greeted(kit, reader, writer, address)
+        finally:
+            writer.transport.abort()
+    except HansaError as error:
+        return error
+    return UnreachableError(f"Can't reach {address}: {otherwise}.")
+
+
+async def _connected(host: str, port: int, tunnel: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    what = f"the proxy {tunnel}" if tunnel else f"{host}:{port}"
+    try:
+        async with asyncio.timeout(STEP_S):
+            return await asyncio.open_connection(host, port)
+    except socket.gaierror as error:
+        raise UnreachableError(
+            f"Can't reach {what}: the name {host} has no address ({error.strerror}). Check its spelling, and DNS."
+        ) from error
+    except ConnectionRefusedError as error:
+        raise UnreachableError(f"Can't reach {what}: connection refused. Is it running, on this port?") from error
+    except TimeoutError as error:
+        raise UnreachableError(
+            f"Can't reach {what}: no answer in {STEP_S:g} s. Does a firewall lie between?"
+        ) from error
+    except OSError as error:
+        raise UnreachableError(f"Can't reach {what}: {error.strerror or error}.") from error
+
+
+async def _tunnelled(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int, tunnel: str
+) -> None:
+    try:
+        writer.write(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+        async with asyncio.timeout(STEP_S):
+            answer = await reader.readuntil(b"\r\n\r\n")
+    except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        raise UnreachableError(f"The proxy {tunnel} did not answer a CONNECT to {host}:{port}.") from error
+    status = answer.split(b"\r\n", 1)[0].decode("latin-1")
+    if status.split(" ")[1:2] != ["200"]:
+        raise UnreachableError(f"The proxy {tunnel} refused a tunnel to {host}:{port}: {status[:200]}.")
+
+
+async def _greeted(kit: Kit, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=kit.authority_pem().decode())
+    path = kit.directory / CERTIFICATE
+    context.load_cert_chain(path, path.with_name("key.pem"))
+    context.set_alpn_protocols(["h2"])
+    try:
+        async with asyncio.timeout(STEP_S):
+            await writer.start_tls(context, server_hostname=kit.server_name)
+            await reader.read(1)  # a server that refuses our certificate says so after the handshake (TLS 1.3)
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code == _EXPIRED:
+            raise UnreachableError(
+                f"The certificate of the server at {address} has expired. Tell its operator."
+            ) from error
+        if error.verify_code == _NOT_YET:
+            raise UnreachableError(
+                f"The certificate of the server at {address} is not valid yet. Compare the clocks of both machines."
+            ) from error
+        if error.verify_code == _OTHER_NAME:
+            raise AccessError(
+                f"What answers at {address} has no certificate for {kit.server_name}: it is not this federation's "
+                "server, or its certificate was revoked."
+            ) from error
+        raise AccessError(
+            f"What answers at {address} has a certificate that this federation's authority did not sign "
+            f"({error.verify_message}). Is it another federation's server, or a proxy that opens TLS?"
+        ) from error
+    except ssl.SSLError as error:
+        raise AccessError(
+            f"The server at {address} refused this certificate ({error.reason}). Is it of this server's federation?"
+        ) from error
+    except TimeoutError as error:
+        raise UnreachableError(f"{address} takes connections, but does not speak TLS.") from error
+    except OSError as error:
+        raise UnreachableError(
+            f"{address} ended the connection: {error.strerror or error}. Is it a Hansa server?"
+        ) from error

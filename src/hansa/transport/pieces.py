@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files in content-addressed pieces: what is here already is not sent, and what was cut off goes on.
+
+A manifest lists a file's pieces in order, and its own digest is the file's address:
+
+    magic      4 bytes    b"HPM1"
+    piece*     36 bytes   length u32 (little-endian) · BLAKE3 digest
+
+BLAKE3: https://github.com/BLAKE3-team/BLAKE3-specs. Pieces are cut where a value's tensors begin
+(:func:`hansa.core.wire.cuts`), so a tensor that stayed as it was gives the pieces that it gave before.
+
+===============================================  ================================================================
+killed while a file arrives                      what has arrived is in ``NAME.part`` and is checked when it goes on
+a piece with other bytes than its digest says    ChecksumError; nothing of it is written
+a disk that fills up                             StorageError; what is there stays and is used again
+a manifest that promises too much                WireError before anything is written; no size is allocated ahead
+equal pieces (zeros)                             travel once
+two receptions of one manifest at one path       both write the same bytes to the same places; either may finish
+a donor that is gone, or was altered             its pieces are fetched like others
+an empty file                                    no pieces; finished at once
+===============================================  ================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+
+from blake3 import blake3
+
+from hansa.core import storage
+from hansa.errors import ChecksumError, StorageError, WireError
+
+PIECE_BYTES = 1 << 20
+"""How long pieces are where nothing says where to cut."""
+MAX_PIECE_BYTES = (2 << 20) + (64 << 10)
+MAX_MANIFEST_BYTES = 256 << 20
+"""Room for seven million pieces: 7 TiB."""
+
+_MAGIC = b"HPM1"
+_PIECE = struct.Struct("<I32s")
+
+Piece = tuple[int, bytes]
+Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a file consists of.
+
+    Attributes:
+        pieces: (length in bytes, BLAKE3 digest) of each piece, in order.
+    """
+
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            WireError: these bytes are no manifest.
+        """
+        body = memoryview(data)[len(_MAGIC) :]
+        if data[: len(_MAGIC)] != _MAGIC or len(body) % _PIECE.size or len(data) > MAX_MANIFEST_BYTES:
+            raise WireError("These bytes are no manifest of a file.")
+        pieces = tuple(_PIECE.iter_unpack(body))
+        if any(not 0 < length <= MAX_PIECE_BYTES for length, _ in pieces):
+            raise WireError(f"A manifest lists a piece that is empty or longer than {MAX_PIECE_BYTES} bytes.")
+        return cls(pieces)
+
+    def encode(self) -> bytes:
+        """Return the manifest's bytes."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
+        return b"".join((_MAGIC, *(_PIECE.pack(*piece) for piece in self.pieces)))
+
+    @cached_property
+    def digest(self) -> str:
+        """The manifest's BLAKE3 digest in hex: the file's address."""
+        return blake3(self._encoded).hexdigest()
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each piece begins, and where the last one ends."""
+        return (0, *accumulate(length for length, _ in self.pieces))
+
+    @property
+    def num_bytes(self) -> int:
+        """The file's size."""
+        return self.offsets[-1]
+
+
+def describe(path: Path, cuts: Sequence[int] | None = None) -> Manifest:
+    """Read a file once and return its manifest.
+
+    Args:
+        path: the file.
+        cuts: where pieces begin, ascending from 0, and the file's size; each MiB if None. What lies between two cuts
+            is cut further if it is too long for a piece.
+
+    Raises:
+        StorageError: the file can't be read, or shrinks while it is read.
+    """
+    pieces = []
+    buffer = memoryview(bytearray(MAX_PIECE_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            cuts = (0, size) if cuts is None else cuts
+            if not cuts or cuts[0] != 0 or cuts[-1] != size or any(a > b for a, b in zip(cuts, cuts[1:], strict=False)):
+                raise StorageError(f"{path} has {size} bytes, which is not where it was to be cut. Did it change?")
+            for begin, end in zip(cuts, cuts[1:], strict=False):
+                step = end - begin if end - begin <= MAX_PIECE_BYTES else PIECE_BYTES
+                for offset in range(begin, end, step or 1):
+                    view = buffer[: min(step, end - offset)]
+                    _fill(file.fileno(), view, offset, path)
+                    pieces.append((len(view), blake3(view).digest()))
+    except OSError as error:
+        raise StorageError(f"Can't read {path}: {error.strerror}.") from error
+    return Manifest(tuple(pieces))
+
+
+def read_piece(descriptor: int, manifest: Manifest, index: int, path: Path) -> bytes:
+    """Return the bytes of a piece as they stand in its file; whoever receives them checks them.
+
+    Raises:
+        StorageError: they can't be read.
+    """
+    length = manifest.pieces[index][0]
+    try:
+        payload = os.pread(descriptor, length, manifest.offsets[index])
+    except OSError as error:
+        raise StorageError(f"Can't read {path}: {error.strerror}.") from error
+    if len(payload) != length:
+        raise StorageError(f"{path} is shorter than it was. Something outside Hansa changed it.")
+    return payload
+
+
+def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        step = os.preadv(descriptor, [view[done:]], offset + done)
+        if not step:
+            raise StorageError(f"{path} became shorter while it was read.")
+        done += step
+
+
+def as_ranges(indices: Iterable[int]) -> Ranges:
+    """Return ascending indices as half-open ranges.
+
+    >>> as_ranges([0, 1, 2, 7, 9, 10])
+    [(0, 3), (7, 8), (9, 11)]
+    """
+    ranges: Ranges = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return ranges
+
+
+def in_ranges(ranges: Iterable[tuple[int, int]], manifest: Manifest) -> Iterator[int]:
+    """Yield the indices in ranges that came from the network.
+
+    Raises:
+        WireError: a range is empty or goes beyond the manifest.
+    """
+    for begin, end in ranges:
+        if not 0 <= begin < end <= len(manifest.pieces):
+            raise WireError(f"There are no pieces {begin} to {end}; the file has {len(manifest.pieces)}.")
+        yield from range(begin, end)
+
+
+class Incoming:
+    """A file that is arriving, in ``NAME.part`` beside where it is to be; safe to use from several threads.
+
+    To make one reads what is there already and what donors hold, which takes as long as reading them does.
+
+    Args:
+        path: where the file is to be; if it is there already, whole, nothing is missing.
+        manifest: what it consists of.
+        donors: files that may hold some of its pieces, with their manifests.
+        max_bytes: the largest file that is accepted.
+
+    Raises:
+        WireError: the file would be too large.
+        StorageError: the disk is full or the folder can't be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        donors: Sequence[tuple[Path, Manifest]] = (),
+        *,
+        max_bytes: int | None = None,
+    ) -> None:
+        if max_bytes is not None and manifest.num_bytes > max_bytes:
+            raise WireError(f"{path.name} would have {manifest.num_bytes:,} bytes; at most {max_bytes:,} are accepted.")
+        self.path = path
+        self.manifest = manifest
+        self._part = path.with_name(f"{path.name}.part")
+        self._places: dict[Piece, list[int]] = {}
+        for index, piece in enumerate(manifest.pieces):
+            self._places.setdefault(piece, []).append(index)
+        self._lacking = set(self._places)
+        self._missing = manifest.num_bytes
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._whole = self._is_there()
+        if not self._whole:
+            try:
+                self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._take(self._part, manifest)
+                for donor, described in donors:
+                    self._take(donor, described)
+            except OSError as error:
+                self.close()
+                raise self._failed(error) from error
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Incoming:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what has arrived stays for the next time."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @property
+    def num_bytes_missing(self) -> int:
+        """How many bytes are still to come."""
+        return self._missing
+
+    def missing(self) -> Ranges:
+        """Return which pieces are still to come; of equal ones, the first."""
+        with self._lock:
+            return as_ranges(sorted(self._places[piece][0] for piece in self._lacking))
+
+    def write(self, index: int, payload: bytes | memoryview) -> None:
+        """Check a piece and write it to where it belongs.
+
+        Raises:
+            ChecksumError: these are not the bytes that the manifest lists.
+            StorageError: the disk is full or fails.
+        """
+        if not 0 <= index < len(self.manifest.pieces):
+            raise ChecksumError(f"{self.path.name} has no piece {index}.")
+        piece = self.manifest.pieces[index]
+        if (len(payload), blake3(payload).digest()) != piece:
+            raise ChecksumError(f"Piece {index} of {self.path.name} was damaged on its way, or its sender changed it.")
+        try:
+            self._put(piece, payload)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self) -> None:
+        """Make the file durable and give it its name; every piece must be there.
+
+        Raises:
+            StorageError: the disk is full or fails.
+        """
+        assert not self._lacking, f"{self.path} is not complete"
+        if self._whole:
+            return
+        try:
+            os.ftruncate(self._descriptor, self.manifest.num_bytes)
+            os.fsync(self._descriptor)
+            try:
+                self._part.rename(self.path)
+            except FileNotFoundError:  # another reception of the same file came first
+                if not os.path.samestat(os.fstat(self._descriptor), self.path.stat()):
+                    raise
+            storage.sync_directory(self.path.parent)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._whole = True
+        self.close()
+
+    def _is_there(self) -> bool:
+        try:
+            if self.path.stat().st_size != self.manifest.num_bytes:
+                return False
+            found = {self.manifest.pieces[index] for index, _ in self._matching(self.path, self.manifest)}
+        except OSError:
+            return False
+        if self._lacking - found:
+            return False
+        self._lacking.clear()
+        self._missing = 0
+        return True
+
+    def _take(self, path: Path, manifest: Manifest) -> None:
+        """Use what a file holds of what is lacking: this one's own beginning, or a donor."""
+        for index, payload in self._matching(path, manifest):
+            self._put(manifest.pieces[index], payload, there=index if path == self._part else None)
+
+    def _matching(self, path: Path, manifest: Manifest) -> Iterator[tuple[int, memoryview]]:
+        """Yield the lacking pieces that a file holds where its manifest says so: (index, payload)."""
+        with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            buffer = memoryview(bytearray(min(MAX_PIECE_BYTES, size)))
+            for index, (piece, offset) in enumerate(zip(manifest.pieces, manifest.offsets, strict=False)):
+                if piece in self._lacking and offset + piece[0] <= size:
+                    view = buffer[: piece[0]]
+                    if os.preadv(file.fileno(), [view], offset) == piece[0] and blake3(view).digest() == piece[1]:
+                        yield index, view
+
+    def _put(self, piece: Piece, payload: bytes | memoryview, there: int | None = None) -> None:
+        """Write a piece to all its places but ``there``, where it is."""
+        for index in self._places[piece]:
+            if index == there:
+                continue
+            view, offset = memoryview(payload), self.manifest.offsets[index]
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
+        with self._lock:
+            if piece in self._lacking:
+                self._lacking.discard(piece)
+                self._missing -= piece[0] * len(self._places[piece])
+
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"Can't write {self._part}: {error.strerror}. What has arrived is kept: free some space and repeat it."
+        )

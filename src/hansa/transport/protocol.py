@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both ends of a connection hold to, beside the messages themselves.
+
+Each request type is a gRPC method of its name: ``/hansa.Federation/AskAgenda``. Bodies are msgpack
+(https://github.com/msgpack/msgpack/blob/master/spec.md). Files take two streams:
+
+    Download   client: Get                                 server: beat* · manifest or pieces
+    Upload     client: Offer · manifest · pieces           server: beat* · Wanted · beat* · Done
+
+A beat is an empty frame: "I am busy with this". A manifest comes in frames of at most 1 MiB. A piece's frame is its
+index (u32, little-endian) and its bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import TypeVar
+
+import msgspec
+
+from hansa import errors
+from hansa.errors import AccessError, HansaError, WireError
+from hansa.transport.messages import INLINE_BYTES, PROTOCOL, SERVICE, Message, Problem
+
+PROTOCOL_KEY = "hansa-protocol"
+PROBLEM_KEY = "hansa-problem-bin"
+METADATA = ((PROTOCOL_KEY, str(PROTOCOL)),)
+
+MAX_MESSAGE_BYTES = 2 * INLINE_BYTES + (1 << 16) + 64
+"""The longest frame or message: a piece and its index."""
+MAX_AGENDA_BYTES = 64 << 20
+"""The longest reply: an agenda holds a plan of up to INLINE_BYTES for each open task."""
+FRAME_BYTES = 1 << 20
+BEAT = b""
+
+_INDEX = struct.Struct("<I")
+_M = TypeVar("_M", bound=Message)
+
+
+def path_of(method: str) -> str:
+    """Return the gRPC path of a method."""
+    return f"/{SERVICE}/{method}"
+
+
+def encode(message: Message) -> bytes:
+    """Return a message's bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(kind: type[_M], data: bytes) -> _M:
+    """Read a message.
+
+    Raises:
+        WireError: these bytes are no such message.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"This is no {kind.__name__} message: {error}.") from error
+
+
+def frame(index: int, payload: bytes) -> bytes:
+    """Return the frame of a piece; copies it once."""
+    return b"".join((_INDEX.pack(index), payload))
+
+
+def unframe(data: bytes) -> tuple[int, memoryview]:
+    """Return the index and the bytes of a piece.
+
+    Raises:
+        WireError: this is no frame of a piece.
+    """
+    if len(data) <= _INDEX.size:
+        raise WireError("This is no frame of a piece.")
+    return _INDEX.unpack_from(data)[0], memoryview(data)[_INDEX.size :]
+
+
+def in_frames(data: bytes) -> Iterator[bytes]:
+    """Yield bytes in frames."""
+    for offset in range(0, len(data), FRAME_BYTES):
+        yield data[offset : offset + FRAME_BYTES]
+
+
+def problem(error: HansaError) -> bytes:
+    """Return an error as it travels in trailing metadata, whose size HTTP/2 peers limit."""
+    return encode(Problem(type(error).__name__, error.message[:1500], error.job, error.site, error.round))
+
+
+def raised(data: bytes) -> HansaError:
+    """Return the error that travelled; one of a class that this release does not know is a plain HansaError."""
+    try:
+        met = decode(Problem, data)
+    except WireError:
+        return WireError("The other side reported an error that this release can't read.")
+    kind = getattr(errors, met.error, HansaError)
+    if not (isinstance(kind, type) and issubclass(kind, HansaError)):
+        kind = HansaError
+    return kind(met.message, job=met.job, site=met.site, round=met.round)
+
+
+def from_code(code: str, details: str) -> HansaError:
+    """Return the error for a gRPC status that came without one of ours."""
+    kind = {"UNAUTHENTICATED": AccessError, "PERMISSION_DENIED": AccessError}.get(code, WireError)
+    return kind(f"The server, or a proxy before it, ended the call: {code}, {details[:300]}.")

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The listening end: who calls is known and admitted before a handler sees what they say.
+
+TLS 1.2 or newer with a client certificate of the federation's authority; the roster then admits that certificate at
+every call, and once a second while a stream lives.
+
+===============================================  ================================================================
+no certificate, or another authority's           the handshake fails
+expired, revoked, not in the roster              AccessError at every call; live streams end within two seconds
+a certificate renewed, a new roster              used from the next handshake or call on, without a restart
+another protocol version                         VersionError
+bytes that are no message                        WireError
+an error of :mod:`hansa.errors` in a handler     travels, and is raised again at the client
+any other error in a handler                     logged with an id; the client is told the id and nothing else
+too many calls at once by one peer               refused; the client waits and tries again
+an upload that stands still                      ended after ``stall_s``; what has arrived stays
+===============================================  ================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+
+from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, VersionError, WireError
+from hansa.pki.identity import Identity
+from hansa.pki.kit import Kit
+from hansa.transport import protocol
+from hansa.transport.messages import (
+    CALLS,
+    PROTOCOL,
+    SERVICE,
+    Attend,
+    Done,
+    Follow,
+    Get,
+    JobEvent,
+    Message,
+    Offer,
+    Ring,
+    Wanted,
+)
+from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
+
+CALLS_PER_PEER = 64
+BEAT_S = 5.0
+STALL_S = 60.0
+PATROL_S = 1.0
+AHEAD = 2
+"""Pieces of a stream that are read or written while another is on the network."""
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Context = Any  # grpc.aio.ServicerContext; grpcio has no types
+
+
+class Handlers(Protocol):
+    """What a server does with what it is told. ``caller`` is known and admitted; what he may do is decided here."""
+
+    async def call(self, caller: Identity, request: Message) -> Message:
+        """Answer a request of `messages.CALLS` with its reply."""
+
+    def attend(self, caller: Identity, request: Attend) -> AsyncIterator[Ring]:
+        """Ring whenever there is news, and now and then when there is none."""
+
+    def follow(self, caller: Identity, request: Follow) -> AsyncIterator[JobEvent]:
+        """Yield a job's log."""
+
+    async def source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
+        """Return the file that a caller may have."""
+
+    async def offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
+        """Return where an upload is to go; None if it is here already."""
+
+    async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
+        """Take a file that is whole; when this returns, that it came is durable."""
+
+
+class Server:
+    """A server that listens; `serve` makes one.
+
+    Attributes:
+        port: the TCP port.
+    """
+
+    def __init__(self, handlers: Handlers, kit: Kit, stall_s: float) -> None:
+        self.port = 0
+        self._handlers = handlers
+        self._kit = kit
+        self._stall_s = stall_s
+        self._calls: Counter[str] = Counter()
+        self._live: dict[asyncio.Task[Any], bytes] = {}
+        self._expelled: dict[asyncio.Task[Any], HansaError] = {}
+        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
+        self._configuration: tuple[bytes, ...] = ()
+        self._server: Any = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", protocol.MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", protocol.MAX_AGENDA_BYTES),
+                ("grpc.max_concurrent_streams", CALLS_PER_PEER),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        methods = {kind.__name__: unary(self._guarded(kind.__name__, self._call(kind))) for kind in CALLS}
+        methods["Attend"] = stream(self._guarded("Attend", self._events(Attend, handlers.attend)))
+        methods["Follow"] = stream(self._guarded("Follow", self._events(Follow, handlers.follow)))
+        methods["Download"] = stream(self._guarded("Download", self._download))
+        methods["Upload"] = stream(self._guarded("Upload", self._upload))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen.
+
+        Raises:
+            UnreachableError: the port is in use, or is not one to listen on.
+        """
+        credentials = grpc.dynamic_ssl_server_credentials(self._certificate(), self._renewed, True)
+        address = f"[{host}]" if ":" in host else host
+        try:
+            self.port = self._server.add_secure_port(f"{address}:{port}", credentials)
+        except RuntimeError as error:
+            self._threads.shutdown()
+            raise UnreachableError(
+                f"Can't listen on {host}:{port}: {_why_not(host, port)}. End what uses it, or choose another port."
+            ) from error
+        await self._server.start()
+        self._patrol = asyncio.create_task(self._patrolling())
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Refuse new calls, give those under way ``grace`` seconds, then end them."""
+        await self._server.stop(grace)
+        self._patrol.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._patrol
+        self._threads.shutdown()
+
+    def _certificate(self) -> Any:
+        key, certificate = self._kit.pair()
+        authority = self._kit.authority_pem()
+        self._configuration = (key, certificate, authority)
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
+
+    def _renewed(self) -> Any:
+        """Return the certificate for a new connection if it is another one than before; gRPC's threads call this."""
+        if (*self._kit.pair(), self._kit.authority_pem()) == self._configuration:
+            return None
+        log.info("The server's certificate is a new one.")
+        return self._certificate()
+
+    async def _patrolling(self) -> None:
+        """Once a second, end the streams of those who are admitted no more."""
+        while True:
+            await asyncio.sleep(PATROL_S)
+            roster = self._kit.roster()
+            for task, pem in tuple(self._live.items()):
+                try:
+                    roster.admit(pem)
+                except HansaError as error:
+                    self._expelled[task] = error
+                    task.cancel()
+
+    def _guarded(
+        self, name: str, work: Callable[[Identity, Any, _Context], Awaitable[bytes | None]]
+    ) -> Callable[[Any, _Context], Awaitable[bytes | None]]:
+        """Return a gRPC handler that admits the caller, does the work and lets its errors travel."""
+
+        async def handle(request: Any, context: _Context) -> bytes | None:
+            who = "somebody"
+            try:
+                pem = context.auth_context().get("x509_pem_cert", [b""])[0]
+                caller = self._kit.roster().admit(pem)
+                who = caller.member
+            except HansaError as error:
+                log.warning("%s was refused to %s: %s", name, context.peer(), error)
+                await _end(context, error, grpc.StatusCode.UNAUTHENTICATED)
+            said = dict(context.invocation_metadata() or ()).get(protocol.PROTOCOL_KEY)
+            if said != str(PROTOCOL):
+                error = VersionError(
+                    f"The server speaks protocol {PROTOCOL}, the caller {str(said)[:20]}. "
+                    "Install the same release of Hansa at both ends."
+                )
+                await _end(context, error)
+            if self._calls[who] >= CALLS_PER_PEER:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{who} makes {CALLS_PER_PEER} calls at once")
+            task = asyncio.current_task()
+            assert task
+            self._calls[who] += 1
+            self._live[task] = pem
+            try:
+                return await work(caller, request, context)
+            except HansaError as error:
+                await _end(context, error)
+            except asyncio.CancelledError:
+                if task not in self._expelled:
+                    raise
+                task.uncancel()
+                log.warning("%s of %s was ended: %s", name, who, self._expelled[task])
+                await _end(context, self._expelled[task], grpc.StatusCode.UNAUTHENTICATED)
+            except grpc.aio.BaseError:
+                raise
+            except Exception:
+                number = secrets.token_hex(4)
+                log.exception("%s of %s failed, error %s", name, who, number)
+                error = HansaError(
+                    f"The server failed at {name} (error {number}); its log says more under that number."
+                )
+                await _end(context, error, grpc.StatusCode.INTERNAL)
+            finally:
+                self._calls[who] -= 1
+                if not self._calls[who]:
+                    del self._calls[who]
+                self._live.pop(task, None)
+                self._expelled.pop(task, None)
+            raise AssertionError("unreachable")
+
+        return handle
+
+    def _call(self, kind: type[Message]) -> Callable[[Identity, bytes, _Context], Awaitable[bytes]]:
+        async def work(caller: Identity, request: bytes, context: _Context) -> bytes:
+            reply = await self._handlers.call(caller, protocol.decode(kind, request))
+            assert isinstance(reply, kind.reply), f"{kind.__name__} was answered by {type(reply).__name__}"  # type: ignore[attr-defined]
+            return protocol.encode(reply)
+
+        return work
+
+    def _events(
+        self, kind: type[Message], events: Callable[[Identity, Any], AsyncIterator[Message]]
+    ) -> Callable[[Identity, bytes, _Context], Awaitable[None]]:
+        async def work(caller: Identity, _: Any, context: _Context) -> None:
+            source = events(caller, protocol.decode(kind, await self._read(context)))
+            try:
+                async for event in source:
+                    await context.write(protocol.encode(event))
+            finally:
+                if close := getattr(source, "aclose", None):
+                    await close()
+
+        return work
+
+    async def _download(self, caller: Identity, _: Any, context: _Context) -> None:
+        get = protocol.decode(Get, await self._read(context))
+        path, manifest = await _beating(context, self._handlers.source(caller, get))
+        if get.ranges is None:
+            for data in protocol.in_frames(manifest.encode()):
+                await context.write(data)
+            return
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"Can't read {path.name}: {error.strerror}.") from error
+
+        def load(index: int) -> bytes:
+            return protocol.frame(index, read_piece(descriptor, manifest, index, path))
+
+        ahead: list[asyncio.Future[bytes]] = []
+        try:
+            for index in in_ranges(get.ranges, manifest):
+                ahead.append(self._in_thread(load, index))
+                if len(ahead) > AHEAD:
+                    await context.write(await ahead.pop(0))
+            while ahead:
+                await context.write(await ahead.pop(0))
+        finally:
+            await _settled(ahead)
+            os.close(descriptor)
+
+    async def _upload(self, caller: Identity, _: Any, context: _Context) -> None:
+        offer = protocol.decode(Offer, await self._read(context))
+        if offer.manifest_bytes > MAX_MANIFEST_BYTES:
+            raise WireError(f"A manifest of {offer.manifest_bytes} bytes is too long.")
+        data = bytearray()
+        while len(data) < offer.manifest_bytes:
+            data += await self._read(context)
+        manifest = Manifest.decode(bytes(data))
+        if manifest.digest != offer.digest:
+            raise WireError("A manifest has another digest than the one it was offered by.")
+        incoming = await _beating(context, self._handlers.offered(caller, offer, manifest))
+        if incoming is None:
+            await context.write(protocol.encode(Wanted([])))
+            await context.write(protocol.encode(Done()))
+            return
+        writing: list[asyncio.Future[None]] = []
+        try:
+            ranges = incoming.missing()
+            await context.write(protocol.encode(Wanted(ranges)))
+            for _ in range(sum(end - begin for begin, end in ranges)):
+                index, payload = protocol.unframe(await self._read(context))
+                writing.append(self._in_thread(incoming.write, index, payload))
+                if len(writing) > AHEAD:
+                    await writing.pop(0)
+            while writing:
+                await writing.pop(0)
+            if incoming.missing():
+                raise WireError("An upload ended before all its pieces had come.")
+            await _beating(context, self._in_thread(incoming.finish))
+            await _beating(context, self._handlers.received(caller, offer, incoming))
+        finally:
+            await _settled(writing)
+            incoming.close()
+        await context.write(protocol.encode(Done()))
+
+    async def _read(self, context: _Context) -> bytes:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                data = await context.read()
+        except TimeoutError:
+            raise UnreachableError(f"Nothing came for {self._stall_s:g} s; the call was ended.") from None
+        if data is grpc.aio.EOF:
+            raise WireError("A call ended before all of it had been said.")
+        assert isinstance(data, bytes)
+        return data
+
+    def _in_thread(self, work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args))
+
+
+async def serve(handlers: Handlers, kit: Kit, host: str, port: int, *, stall_s: float = STALL_S) -> Server:
+    """Start to listen.
+
+    Args:
+        handlers: what to do with what is said.
+        kit: the server's certificate, its authority, and the roster.
+        host: the address to listen on.
+        port: the TCP port; 0 for a free one.
+        stall_s: how long an upload may stand still.
+
+    Raises:
+        UnreachableError: the port is in use, or is not one to listen on.
+    """
+    server = Server(handlers, kit, stall_s)
+    await server.start(host, port)
+    return server
+
+
+async def _end(context: _Context, error: HansaError, code: Any = None) -> None:
+    """End a call with an error; raises, as gRPC wants it."""
+    if code is None:
+        code = grpc.StatusCode.FAILED_PRECONDITION
+        if isinstance(error, AccessError):
+            code = grpc.StatusCode.PERMISSION_DENIED
+    await context.abort(code, type(error).__name__, ((protocol.PROBLEM_KEY, protocol.problem(error)),))
+
+
+async def _beating(context: _Context, work: Awaitable[_T]) -> _T:
+    """Await something of our own; the peer gets a sign of life now and then meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=BEAT_S))[0]:
+            await context.write(protocol.BEAT)
+    except BaseException:
+        task.cancel()
+        await asyncio.wait({task})
+        raise
+    return task.result()
+
+
+async def _settled(futures: list[asyncio.Future[Any]]) -> None:
+    """Wait for what threads are still at, so that no file is closed under them."""
+    if futures:
+        await asyncio.shield(asyncio.wait(futures))
+
+
+def _why_not(host: str, port: int) -> str:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return "another process took it just now"
