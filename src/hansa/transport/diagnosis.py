@@ -25,7 +25,7 @@ def proxy_for(address: str, proxy: str | None) -> str | None:
     if proxy is not None:
         return proxy or None
     host, _ = split(address)
-    if urllib.request.proxy_bypass_environment(host):
+    if urllib.request.proxy_bypass(host):
         return None
     return urllib.request.getproxies_environment().get("https")
 

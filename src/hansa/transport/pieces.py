@@ -30,7 +30,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -117,10 +117,10 @@ def describe(path: Path, cuts: Sequence[int] | None = None) -> Manifest:
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            cuts = (0, size) if cuts is None else cuts
-            if not cuts or cuts[0] != 0 or cuts[-1] != size or any(a > b for a, b in zip(cuts, cuts[1:], strict=False)):
+            cuts = (*range(0, size, PIECE_BYTES), size) if cuts is None else cuts
+            if not cuts or cuts[0] != 0 or cuts[-1] != size or any(a > b for a, b in pairwise(cuts)):
                 raise StorageError(f"{path} has {size} bytes, which is not where it was to be cut. Did it change?")
-            for begin, end in zip(cuts, cuts[1:], strict=False):
+            for begin, end in pairwise(cuts):
                 step = end - begin if end - begin <= MAX_PIECE_BYTES else PIECE_BYTES
                 for offset in range(begin, end, step or 1):
                     view = buffer[: min(step, end - offset)]
