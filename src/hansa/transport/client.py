@@ -138,7 +138,8 @@ class Connection:
             method = (await self._open()).unary_unary(protocol.path_of(name))
             with _as_ours():
                 reply = await method(data, timeout=timeout, metadata=protocol.METADATA)
-            return protocol.decode(type(request).reply, reply)
+            kind: type[Message] = request.reply
+            return protocol.decode(kind, reply)
 
         return await self._patiently(attempt, name)
 

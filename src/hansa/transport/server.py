@@ -190,16 +190,16 @@ class Server:
                 pem = context.auth_context().get("x509_pem_cert", [b""])[0]
                 caller = self._kit.roster().admit(pem)
                 who = caller.member
-            except HansaError as error:
-                log.warning("%s was refused to %s: %s", name, context.peer(), error)
-                await _end(context, error, grpc.StatusCode.UNAUTHENTICATED)
+            except HansaError as refusal:
+                log.warning("%s was refused to %s: %s", name, context.peer(), refusal)
+                await _end(context, refusal, grpc.StatusCode.UNAUTHENTICATED)
             said = dict(context.invocation_metadata() or ()).get(protocol.PROTOCOL_KEY)
             if said != str(PROTOCOL):
-                error = VersionError(
+                mismatch = VersionError(
                     f"The server speaks protocol {PROTOCOL}, the caller {str(said)[:20]}. "
                     "Install the same release of Hansa at both ends."
                 )
-                await _end(context, error)
+                await _end(context, mismatch)
             if self._calls[who] >= CALLS_PER_PEER:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"{who} makes {CALLS_PER_PEER} calls at once")
             task = asyncio.current_task()
@@ -221,10 +221,8 @@ class Server:
             except Exception:
                 number = secrets.token_hex(4)
                 log.exception("%s of %s failed, error %s", name, who, number)
-                error = HansaError(
-                    f"The server failed at {name} (error {number}); its log says more under that number."
-                )
-                await _end(context, error, grpc.StatusCode.INTERNAL)
+                defect = HansaError(f"The server failed at {name}; its log says more under error {number}.")
+                await _end(context, defect, grpc.StatusCode.INTERNAL)
             finally:
                 self._calls[who] -= 1
                 if not self._calls[who]:
