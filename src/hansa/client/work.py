@@ -43,7 +43,9 @@ def perform(
         sums = program.evaluate(site, plan)
         return _evaluated(plan, site, sums, time.perf_counter() - begun), memory, plan.params
     context = begin(strategy, plan, memory)
-    correction = Correction(context, strategy.rule.adjust) if strategy.rule.adjust else None
+    correction = None
+    if strategy.rule.adjust:
+        correction = Correction({part: trees.arrays(tree) for part, tree in context.items()}, strategy.rule.adjust)
     work = program.train(site, plan, correction)
     trained = work.params if plan.outbox is not None else {}
     finished = finish(strategy, plan, site, context, work)
@@ -54,7 +56,7 @@ def perform(
 
 def begin(strategy: Strategy, plan: Plan, memory: Memory) -> Parts:
     """Return what the strategy's client half needs at every step."""
-    return strategy.rule.begin(plan.params, plan.parts, memory.get(STRATEGY, {}))
+    return strategy.rule.begin(trees.lazily(plan.params), _lazily(plan.parts), _lazily(memory.get(STRATEGY, {})))
 
 
 def finish(strategy: Strategy, plan: Plan, site: str, context: Parts, work: Work) -> tuple[Parts, Parts]:
@@ -65,7 +67,7 @@ def finish(strategy: Strategy, plan: Plan, site: str, context: Parts, work: Work
         DataError: the site trained on nothing.
     """
     _check(work, plan, site)
-    return strategy.rule.finish(context, plan.params, work.params, work.steps)
+    return strategy.rule.finish(context, trees.lazily(plan.params), trees.lazily(work.params), work.steps)
 
 
 def encode(
@@ -80,7 +82,8 @@ def encode(
     """Pass what :func:`finish` returned through the filters: the update that is sent, the memory that is kept.
 
     Raises:
-        NonFiniteError: a tensor of the update is NaN or infinite; nothing is to be sent.
+        NonFiniteError: a tensor of the update is NaN or infinite; nothing is to be sent. Tensors of a large update are
+            computed when they are read, and raise it then.
     """
     parts, kept = finished
     update = Update(
@@ -92,16 +95,30 @@ def encode(
         sums=dict(work.sums),
         completed=work.completed,
     )
-    update, remembered = filters.run(pieces, update, strategy.weighed, memory)
-    for tree in update.parts.values():
-        name = trees.first_non_finite(tree)
-        if name is not None:
-            raise NonFiniteError(
-                f"The update's tensor {name!r} is NaN or infinite. Lower train.lr or set train.clip_grad.",
-                site=site,
-                round=plan.round,
-            )
-    return update, {**remembered, STRATEGY: kept} if kept else remembered
+    lazy_memory = {owner: _lazily(own) for owner, own in memory.items()}
+    update, remembered = filters.run(pieces, update, strategy.weighed, lazy_memory)
+
+    def error(name: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"The update's tensor {name!r} is NaN or infinite. Lower train.lr or set train.clip_grad.",
+            site=site,
+            round=plan.round,
+        )
+
+    sent = {}
+    for part, tree in update.parts.items():
+        if any(map(trees.is_leaf, tree.values())):
+            sent[part] = trees.arrays(trees.checked(tree, error))
+        else:
+            name = trees.first_non_finite(tree)
+            if name is not None:
+                raise error(name)
+            sent[part] = tree
+    return replace(update, parts=sent), {**remembered, STRATEGY: kept} if kept else remembered
+
+
+def _lazily(parts: Parts) -> Parts:
+    return {part: trees.lazily(tree) for part, tree in parts.items()}
 
 
 def _evaluated(plan: Plan, site: str, sums: Mapping[str, float], seconds: float) -> Update:

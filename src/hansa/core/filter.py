@@ -19,7 +19,9 @@ class Filter:
         name: as in the job.
         traits: what the fit check needs to know.
         apply: the transform; ``weighed`` says which parts are multiplied by the weight, ``memory`` is what
-            this filter returned for this site in the round before.
+            this filter returned for this site in the round before. A large update's tensors are
+            :class:`hansa.core.lazy.Leaf`: they take operators, ``astype`` and ``trees.blocks``, and ``np.asarray``
+            makes a whole tensor of one.
     """
 
     name: str

@@ -54,8 +54,11 @@ class Cohort(Protocol):
         """
         ...
 
-    def late(self) -> Sequence[Handle]:
-        """Return, and forget, the updates that came after their deadline; headers tell their round."""
+    def late(self, round: int) -> Sequence[Handle]:
+        """Return the updates that came after their deadline, for ``round`` to use; no other round gets them.
+
+        Headers tell which round they were asked for in.
+        """
         ...
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -109,7 +112,8 @@ class Work:
     """What local training returns.
 
     Attributes:
-        params: the trained parameters, all tensors of the plan's ``params``.
+        params: the trained parameters, all tensors of the plan's ``params``; they stay as they are until the update
+            has been read, at the latest until the program is called again.
         num_examples: n, what the update is weighed by (trained tokens for a language model).
         steps: how many steps were made, and their learning rates' sum.
         sums: what metrics are computed from; they are added over sites, then given to ``summarise``.

@@ -69,6 +69,20 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2) + b"\n")
 
 
+def link(source: Path, target: Path) -> None:
+    """Give the file ``source`` the second name ``target``, or a copy of it where a file can't have two.
+
+    Raises:
+        OSError: the disk is full or the folder can't be written.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
@@ -157,31 +171,33 @@ def _swap(a: Path, b: Path) -> None:
 
 
 def save_tree(path: Path, tree: Tree, metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``tree`` as a safetensors file, tensor by tensor.
+    """Write ``tree`` as a safetensors file, block by block.
 
     Raises:
         StorageError: the disk is full or the folder can't be written.
         WireError: a tensor has a dtype that no Hansa value may have.
     """
-    for name, leaf in tree.items():
+    leaves = trees.leaves(tree)
+    for name, leaf in leaves.items():
         if leaf.dtype.name not in _CODES:
             raise WireError(f"Tensor {name!r} is {leaf.dtype.name}, which safetensors files don't hold.")
     # The widest dtypes come first, as the library writes them, so that every tensor is aligned when it is mapped.
-    names = sorted(tree, key=lambda name: (-tree[name].dtype.itemsize, name))
+    names = sorted(leaves, key=lambda name: (-leaves[name].dtype.itemsize, name))
     head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
-        begin, end = end, end + tree[name].nbytes
-        code = _CODES[tree[name].dtype.name]
-        head[name] = {"dtype": code, "shape": list(tree[name].shape), "data_offsets": [begin, end]}
+        leaf = leaves[name]
+        begin, end = end, end + leaf.nbytes
+        head[name] = {"dtype": _CODES[leaf.dtype.name], "shape": list(leaf.shape), "data_offsets": [begin, end]}
     text = msgspec.json.encode(head)
     text += b" " * (-len(text) % 8)
     try:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                leaf = np.ascontiguousarray(tree[name], trees.dtype_of(tree[name].dtype.name))
-                file.write(leaf.reshape(-1).view(np.uint8).data)
+                dtype = trees.dtype_of(leaves[name].dtype.name)
+                for _, values in trees.blocks(leaves[name]):
+                    file.write(np.ascontiguousarray(values, dtype).view(np.uint8).data)
     except OSError as error:
         raise full(path, error) from error
 

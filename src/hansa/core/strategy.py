@@ -6,7 +6,8 @@
              adjust(context, params, grads) ─> grads                      before every local step
              finish(context, start, end, steps) ─> parts of the update, memory
 
-``adjust`` uses operators only, so it runs on the trainer's own arrays; the others see NumPy trees.
+``adjust`` uses operators only, so it runs on the trainer's own arrays; the others see NumPy trees, whose leaves are
+:class:`hansa.core.lazy.Leaf` where the model is large: they too are combined by operators.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from hansa.core import tree as trees
 from hansa.core.fit import Trait
@@ -88,7 +87,7 @@ class Strategy:
 
 def descend(optimizer: Optimizer, model: Model, state: Parts, mean: Tree) -> tuple[Model, Parts]:
     """Apply ``optimizer`` to the model with minus the mean update as the gradient."""
-    grads = trees.Derived(mean.keys(), lambda name: np.asarray(-mean[name]))
+    grads = trees.Derived(mean.keys(), lambda name: trees.tensor(-mean[name]))
     moving = {name: model.params[name] for name in mean}
     params, state = optimizer.update(moving, grads, state)
     kept = {name: leaf.astype(moving[name].dtype, copy=False) for name, leaf in params.items()}

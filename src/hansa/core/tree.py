@@ -3,6 +3,15 @@
 
 Strategy rules use only the operators ``+ - * / **`` and comparisons on the leaves, so that one rule serves
 NumPy, torch and JAX arrays. What needs NumPy itself (norms, casts, finiteness) says so in its signature.
+
+Large trees are lazy. Inside a rule or a filter the leaves of a tree above ``LARGE`` bytes are :class:`Leaf`: they
+stand for arrays that are computed a block at a time, when they are written, so memory is a few blocks whatever the
+model's size. Outside, :class:`Lazy` trees give ordinary arrays, one at a time.
+
+    lazily(tree)   arrays -> leaves (a small tree stays as it is)
+    arrays(tree)   leaves -> a tree whose leaves are arrays when they are read
+
+Blocks are the same whoever reads, and rules work element by element, so lazy and eager bits are the same.
 """
 
 from __future__ import annotations
@@ -10,18 +19,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from typing import cast as typed
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from hansa.core.lazy import BLOCK as BLOCK
+from hansa.core.lazy import Array as Array
+from hansa.core.lazy import Leaf as Leaf
+from hansa.core.lazy import apply
+
 Tree = Mapping[str, Array]
 Parts = Mapping[str, Tree]
 
-BLOCK = 1 << 18
-"""Elements handled at a time where an operation would otherwise hold a second whole tensor (1 MiB of float32)."""
+LARGE = 64 << 20
+"""Trees of more bytes than this are not held in memory."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -98,9 +112,60 @@ class Derived(Mapping[str, Array]):
         return len(self._names)
 
 
+class Lazy(Mapping[str, Array]):
+    """A tree over :class:`Leaf`, each made an array when it is read, so that no more than one needs memory."""
+
+    def __init__(self, leaves: Mapping[str, Any]) -> None:
+        self.leaves = leaves
+
+    def __getitem__(self, name: str) -> Array:
+        return np.asarray(self.leaves[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.leaves)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+
+def lazily(tree: Tree) -> Tree:
+    """Return a large tree with a :class:`Leaf` for every tensor, and a small one as it is.
+
+    Tensors without a dimension stay arrays, as NumPy treats them as numbers.
+    """
+    if num_bytes(tree) <= LARGE:
+        return tree
+    held: Mapping[str, Any] = leaves(tree)
+    return {
+        name: typed(Array, Leaf.of(leaf)) if leaf.ndim and not is_leaf(leaf) else leaf for name, leaf in held.items()
+    }
+
+
+def arrays(tree: Tree) -> Tree:
+    """Return a tree whose leaves are arrays, computed when they are read where they are not there yet."""
+    held: dict[str, Any] = dict(leaves(tree))
+    held = {name: leaf.array if is_leaf(leaf) and leaf.array is not None else leaf for name, leaf in held.items()}
+    return Lazy(held) if any(map(is_leaf, held.values())) else held
+
+
+def is_leaf(value: Any) -> bool:
+    """Say whether ``value`` is a :class:`Leaf`."""
+    return isinstance(value, Leaf)
+
+
+def tensor(value: Any) -> Array:
+    """Return a leaf as it is, and as an array what NumPy made a number of (``-np.zeros(())`` is one)."""
+    return typed(Array, value) if is_leaf(value) else np.asarray(value)
+
+
+def leaves(tree: Tree) -> Tree:
+    """Return the leaves as they are held, without computing any."""
+    return tree.leaves if isinstance(tree, Lazy) else tree
+
+
 def layout_of(tree: Tree) -> dict[str, Spec]:
     """Return the dtype and shape of every leaf."""
-    return {name: Spec(leaf.dtype.name, tuple(leaf.shape)) for name, leaf in tree.items()}
+    return {name: Spec(leaf.dtype.name, tuple(leaf.shape)) for name, leaf in leaves(tree).items()}
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
@@ -113,9 +178,10 @@ def wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def floating(tree: Tree) -> dict[str, Array]:
+def floating(tree: Tree) -> Tree:
     """Return the floating leaves: integer and boolean buffers are state, never averaged into floats."""
-    return {name: leaf for name, leaf in tree.items() if is_floating(leaf.dtype)}
+    held = {name: leaf for name, leaf in leaves(tree).items() if is_floating(leaf.dtype)}
+    return Lazy(held) if isinstance(tree, Lazy) else held
 
 
 def tree_map(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +228,17 @@ def cast(tree: Tree, dtypes: Mapping[str, str]) -> dict[str, Array]:
     }
 
 
+def checked(tree: Tree, error: Callable[[str], Exception]) -> Tree:
+    """Return a tree that raises ``error(name)`` when a block with a NaN or an infinity is read."""
+
+    def check(name: str, values: Array) -> Array:
+        if not finite(values):
+            raise error(name)
+        return values
+
+    return {name: typed(Array, apply(partial(check, name), leaf)) for name, leaf in leaves(tree).items()}
+
+
 def widen(tree: Tree) -> dict[str, Array]:
     """Return the tree with half-precision leaves as float32; everything else is left as it is, uncopied."""
     return {
@@ -172,7 +249,7 @@ def widen(tree: Tree) -> dict[str, Array]:
 
 def blocks(leaf: Array) -> Iterator[tuple[int, Array]]:
     """Yield ``(start, values)`` over the flattened leaf, ``BLOCK`` elements at a time, as views where possible."""
-    flat = leaf.reshape(-1)
+    flat = leaf if is_leaf(leaf) else leaf.reshape(-1)
     for start in range(0, flat.size, BLOCK):
         yield start, flat[start : start + BLOCK]
 
@@ -184,8 +261,9 @@ def norm(tree: Tree) -> float:
     5.0
     """
     total = 0.0
-    for name in sorted(tree):
-        for _, values in blocks(tree[name]):
+    held = leaves(tree)
+    for name in sorted(held):
+        for _, values in blocks(held[name]):
             if not is_floating(values.dtype):
                 break
             wide_values = values.astype(np.float64)
@@ -195,13 +273,17 @@ def norm(tree: Tree) -> float:
 
 def first_non_finite(tree: Tree) -> str | None:
     """Return the name of the first leaf that holds a NaN or an infinity, or None."""
-    for name in tree:
-        for _, values in blocks(tree[name]):
-            if is_floating(values.dtype) and not np.isfinite(values.astype(wide(values.dtype), copy=False)).all():
-                return name
+    for name, leaf in leaves(tree).items():
+        if any(not finite(values) for _, values in blocks(leaf)):
+            return name
     return None
+
+
+def finite(values: Array) -> bool:
+    """Say whether no value is a NaN or an infinity; integers never are."""
+    return not is_floating(values.dtype) or bool(np.isfinite(values.astype(wide(values.dtype), copy=False)).all())
 
 
 def num_bytes(tree: Tree) -> int:
     """Return the bytes of the raw data of all leaves."""
-    return sum(leaf.nbytes for leaf in tree.values())
+    return sum(leaf.nbytes for leaf in leaves(tree).values())

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from hansa.core import tree as trees
 from hansa.core.tree import Array, Parts, Spec, Tree
@@ -37,12 +36,12 @@ class Model:
     @classmethod
     def start(cls, params: Tree) -> Model:
         """Return version 0 of a model that starts at ``params`` (native dtypes)."""
-        dtypes = {name: leaf.dtype.name for name, leaf in params.items()}
+        dtypes = {name: spec.dtype for name, spec in trees.layout_of(params).items()}
         return cls(version=0, params=trees.widen(params), dtypes=dtypes)
 
-    def native(self) -> dict[str, Array]:
-        """Return the parameters in their native dtypes."""
-        return trees.cast(self.params, self.dtypes)
+    def native(self) -> Tree:
+        """Return the parameters in their native dtypes; those of a large model are cast when they are read."""
+        return trees.arrays(trees.cast(trees.lazily(self.params), self.dtypes))
 
     def advance(self, params: Tree) -> Model:
         """Return the next version, with ``params`` in place of the floating tensors it names."""
@@ -152,8 +151,9 @@ class Update:
     def chunks(self) -> Iterator[Chunk]:
         """Yield all tensors in canonical order, a block at a time."""
         for part in sorted(self.parts):
-            for name in sorted(self.parts[part]):
-                for start, values in trees.blocks(self.parts[part][name]):
+            leaves = trees.leaves(self.parts[part])
+            for name in sorted(leaves):
+                for start, values in trees.blocks(leaves[name]):
                     yield Chunk(part, name, start, values)
 
     def release(self) -> None:
@@ -187,7 +187,7 @@ class Aggregate:
         """
         total = self.weight if self.weighed[part] else self.count
         sums = self.sums[part]
-        return trees.Derived(sums.keys(), lambda name: np.asarray(sums[name] / sums[name].dtype.type(total)))
+        return trees.Derived(sums.keys(), lambda name: trees.tensor(sums[name] / sums[name].dtype.type(total)))
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,7 @@ class RoundRecord:
         notes: what the strategy has to say.
         bytes_down, bytes_up: tensor bytes sent to and received from all sites.
         seconds: wall-clock time.
+        files: names in a checkpoint -> files that hold that already, while the record is being taken.
     """
 
     job: str
@@ -234,6 +235,7 @@ class RoundRecord:
     model: Model
     state: Parts
     acknowledged: Mapping[str, int]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the record without its tensors, as JSON types."""

@@ -18,7 +18,9 @@ value's size. Digests find damage, not malice: who sent a value is the transport
 from __future__ import annotations
 
 import math
+import os
 import struct
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,10 @@ import numpy as np
 from xxhash import xxh3_64_intdigest as digest_of
 
 from hansa.core import tree as trees
-from hansa.core.tree import Array, Parts, Spec
+from hansa.core.lazy import Leaf, Memo
+from hansa.core.tree import Array, Parts, Spec, Tree
 from hansa.core.values import Chunk, Header, Plan, Task, Update
-from hansa.errors import ChecksumError, NonFiniteError, StorageError, VersionError, WireError
+from hansa.errors import ChecksumError, HansaError, NonFiniteError, StorageError, VersionError, WireError
 
 FORMAT = 2
 MAGIC = b"HANSA\0"
@@ -71,7 +74,7 @@ def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> i
         WireError: a tensor's dtype or name is none that a Hansa value may have.
     """
     layout = {
-        part: {name: (_sendable(name, leaf), list(leaf.shape)) for name, leaf in tree.items()}
+        part: {name: (_sendable(name, leaf), list(leaf.shape)) for name, leaf in trees.leaves(tree).items()}
         for part, tree in parts.items()
     }
     try:
@@ -82,10 +85,12 @@ def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> i
     written += file.write(head)
     index = 0
     for part in sorted(parts):
-        for name in sorted(parts[part]):
-            leaf = np.ascontiguousarray(parts[part][name], trees.dtype_of(layout[part][name][0]))
+        leaves = trees.leaves(parts[part])
+        for name in sorted(leaves):
+            leaf = leaves[name]
+            dtype = trees.dtype_of(layout[part][name][0])
             for start, values in trees.blocks(leaf):
-                payload = values.view(np.uint8).data
+                payload = np.ascontiguousarray(values, dtype).view(np.uint8).data
                 frame = _FRAME.pack(index, len(payload), start * leaf.itemsize, digest_of(payload))
                 written += file.write(frame)
                 written += file.write(payload)
@@ -168,21 +173,30 @@ def read_chunks(file: BinaryIO, envelope: Envelope) -> Iterator[Chunk]:
         offset = 0
         while offset < spec.num_bytes:
             where = f"tensor {_shown(name)} of {_shown(part)} at byte {offset}"
-            tensor, length, start, digest = _FRAME.unpack(_read_exactly(file, _FRAME.size, where))
-            if tensor != index or start != offset:
-                raise WireError(f"A chunk is out of order: expected {where}.")
+            head = _read_exactly(file, _FRAME.size, where)
             expected = min(trees.BLOCK * dtype.itemsize, spec.num_bytes - offset)
-            if length != expected:
-                raise WireError(f"A chunk has {length} bytes instead of {expected}: {where}.")
-            payload = _read_exactly(file, length, where)
-            if digest_of(payload) != digest:
-                raise ChecksumError(f"A chunk is damaged (its checksum does not match): {where}.")
-            if dtype == np.bool_ and payload.translate(None, b"\0\1"):
-                raise WireError(f"A boolean is neither 0 nor 1: {where}.")
+            _check_frame(head, index, offset, expected, where)
+            payload = _read_exactly(file, expected, where)
+            _check_payload(head, payload, dtype, where)
             yield Chunk(part, name, offset // dtype.itemsize, np.frombuffer(payload, dtype))
-            offset += length
+            offset += expected
     if file.read(1):
         raise WireError("Bytes follow the last chunk.")
+
+
+def _check_frame(head: bytes, index: int, offset: int, length: int, where: str) -> None:
+    tensor, claimed, start, _ = _FRAME.unpack(head)
+    if tensor != index or start != offset:
+        raise WireError(f"A chunk is out of order: expected {where}.")
+    if claimed != length:
+        raise WireError(f"A chunk has {claimed} bytes instead of {length}: {where}.")
+
+
+def _check_payload(head: bytes, payload: bytes | memoryview, dtype: np.dtype[Any], where: str) -> None:
+    if digest_of(payload) != _FRAME.unpack(head)[-1]:
+        raise ChecksumError(f"A chunk is damaged (its checksum does not match): {where}.")
+    if dtype == np.bool_ and bytes(payload).translate(None, b"\0\1"):
+        raise WireError(f"A boolean is neither 0 nor 1: {where}.")
 
 
 PIECE_BYTES = 1 << 20
@@ -228,6 +242,79 @@ def read_parts(file: BinaryIO, envelope: Envelope) -> dict[str, dict[str, Array]
         }
         for part, layout in envelope.layout.items()
     }
+
+
+def open_parts(path: Path) -> tuple[Envelope, dict[str, Tree]]:
+    """Return the header and the parts of a value in a file; those of a large value are read when they are asked for.
+
+    Every chunk is checked each time it is read. The file is held open, so it may be deleted meanwhile.
+
+    Raises:
+        WireError: at once or, what only a chunk tells, when that is read: as :func:`read_chunks`.
+        StorageError: the file can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            envelope = read_envelope(file)
+            if sum(spec.num_bytes for _, _, spec in envelope.tensors()) <= trees.LARGE:
+                return envelope, dict(read_parts(file, envelope))
+            return envelope, _Stored(path, file.fileno(), file.tell(), envelope).parts()
+    except OSError as error:
+        raise StorageError(f"Can't read {path}: {error.strerror}.") from error
+
+
+class _Stored:
+    """The tensors of a value in an open file."""
+
+    def __init__(self, path: Path, descriptor: int, begin: int, envelope: Envelope) -> None:
+        self._path = path
+        self._envelope = envelope
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._places: dict[tuple[str, str], tuple[int, int]] = {}
+        for index, (part, name, spec) in enumerate(envelope.tensors()):
+            self._places[part, name] = index, begin
+            begin += spec.num_bytes + _FRAME.size * -(-spec.size // trees.BLOCK)
+        size = os.fstat(descriptor).st_size
+        if size != begin:
+            raise WireError(f"The value ends {'inside a tensor' if size < begin else 'before its file'}: {path}.")
+
+    def parts(self) -> dict[str, Tree]:
+        return {
+            part: trees.Lazy({name: self._leaf(part, name, spec) for name, spec in layout.items()})
+            for part, layout in self._envelope.layout.items()
+        }
+
+    def _leaf(self, part: str, name: str, spec: Spec) -> Leaf:
+        dtype = trees.dtype_of(spec.dtype)
+        index, begin = self._places[part, name]
+
+        def block(number: int) -> Array:
+            offset = number * trees.BLOCK * dtype.itemsize
+            length = min(trees.BLOCK * dtype.itemsize, spec.num_bytes - offset)
+            where = f"tensor {_shown(name)} of {_shown(part)} at byte {offset}, in {self._path}"
+            raw = self._read(begin + number * (_FRAME.size + trees.BLOCK * dtype.itemsize), _FRAME.size + length, where)
+            head, payload = raw[: _FRAME.size], memoryview(raw)[_FRAME.size :]
+            _check_frame(head, index, offset, length, where)
+            _check_payload(head, payload, dtype, where)
+            return np.frombuffer(payload, dtype)
+
+        def read(start: int, stop: int, memo: Memo) -> Array:
+            first, last = start // trees.BLOCK, -(-stop // trees.BLOCK)
+            found = [block(number) for number in range(first, last)] if start < stop else [np.empty(0, dtype)]
+            values = found[0] if len(found) == 1 else np.concatenate(found)
+            return values[start - first * trees.BLOCK : stop - first * trees.BLOCK]
+
+        return Leaf(spec.shape, dtype, read)
+
+    def _read(self, position: int, count: int, where: str) -> bytes:
+        try:
+            raw = os.pread(self._descriptor, count, position)
+        except OSError as error:
+            raise StorageError(f"Can't read {where}: {error.strerror}.") from error
+        if len(raw) != count:
+            raise WireError(f"The value ends inside {where}: {len(raw)} of {count} bytes are there.")
+        return raw
 
 
 def _meta(envelope: Envelope, kind: str, shape: type[Any]) -> Any:
@@ -307,20 +394,28 @@ def write_plan(file: BinaryIO, plan: Plan) -> int:
 
 
 def read_plan(file: BinaryIO) -> Plan:
-    """Read a plan written by :func:`write_plan`."""
+    """Read a plan written by :func:`write_plan`, whole."""
     envelope = read_envelope(file)
     meta: _PlanMeta = _meta(envelope, "plan", _PlanMeta)
-    parts = read_parts(file, envelope)
+    return _plan(meta, read_parts(file, envelope))
+
+
+def open_plan(path: Path) -> Plan:
+    """Return the plan in a file; a large one's tensors are read when they are asked for (:func:`open_parts`)."""
+    envelope, parts = open_parts(path)
+    return _plan(_meta(envelope, "plan", _PlanMeta), parts)
+
+
+def _plan(meta: _PlanMeta, parts: Mapping[str, Tree]) -> Plan:
     if _PARAMS not in parts:
         raise WireError("The plan carries no parameters.")
-    params = parts.pop(_PARAMS)
     return Plan(
         meta.job,
         meta.round,
         meta.task,
         meta.version,
-        params,
-        parts,
+        parts[_PARAMS],
+        {part: tree for part, tree in parts.items() if part != _PARAMS},
         meta.seed,
         meta.inbox,
         meta.outbox,
@@ -393,10 +488,14 @@ def spool(update: Update, path: Path) -> Spooled:
 
     Raises:
         StorageError: the disk is full or the folder can't be written.
+        NonFiniteError: it holds what can't be sent, and no file is left.
     """
     try:
         with path.open("wb") as file:
             write_update(file, update)
+    except HansaError:
+        path.unlink(missing_ok=True)
+        raise
     except OSError as error:
         path.unlink(missing_ok=True)
         raise StorageError(

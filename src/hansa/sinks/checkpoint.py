@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from hansa.core import storage, wire
+from hansa.core import settle, storage, wire
 from hansa.core.values import Model, RoundRecord, Snapshot
 from hansa.errors import StorageError, VersionError
 
@@ -61,11 +61,14 @@ class Checkpoints:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            storage.save_tree(temporary / "model.safetensors", record.model.params)
-            with (temporary / "state.hansa").open("wb") as file:
-                wire.write(file, "state", {}, record.state)
+            for name, path in record.files.items():
+                storage.link(path, temporary / name)
         except OSError as error:
             raise storage.full(temporary, error) from error
+        if settle.MODEL not in record.files:
+            storage.save_tree(temporary / settle.MODEL, record.model.params)
+        if settle.STATE not in record.files:
+            settle.save_state(temporary / settle.STATE, record.state)
         entry = _Record(
             FORMAT,
             record.round,
@@ -100,12 +103,8 @@ class Checkpoints:
             round = found[-1]
         folder = self._directory / f"{round:06d}"
         entry = self._entry(folder)
-        params = storage.load_tree(folder / "model.safetensors")
-        try:
-            with (folder / "state.hansa").open("rb") as file:
-                state = wire.read_parts(file, wire.read_envelope(file))
-        except OSError as error:
-            raise StorageError(f"Can't read {folder / 'state.hansa'}: {error.strerror}.") from error
+        params = storage.load_tree(folder / settle.MODEL)
+        _, state = wire.open_parts(folder / settle.STATE)
         return Snapshot(round, Model(entry.version, params, entry.dtypes), state, entry.acknowledged)
 
     def records(self) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def _adjust(context: Mapping[str, Any], params: Mapping[str, Any], grads: Mappin
 def _finish(context: Parts, start: Tree, end: Tree, steps: Steps) -> tuple[Parts, Parts]:
     moved = difference(start, end)
     own = {
-        name: np.asarray(-leaf - moved[name].astype(leaf.dtype, copy=False) / leaf.dtype.type(steps.lr_sum))
+        name: trees.tensor(-leaf - moved[name].astype(leaf.dtype, copy=False) / leaf.dtype.type(steps.lr_sum))
         for name, leaf in context["correction"].items()
     }
     return {"delta": moved, "control": trees.subtract(own, context["own"])}, {"control": own}

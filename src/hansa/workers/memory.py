@@ -31,8 +31,7 @@ class MemoryStore:
             return {}
         memory = {}
         for path in sorted((self._directory / course / site).glob(f"{round:06d}.*.hansa")):
-            with path.open("rb") as file:
-                memory[path.name.split(".", 2)[1]] = wire.read_parts(file, wire.read_envelope(file))
+            memory[path.name.split(".", 2)[1]] = wire.open_parts(path)[1]
         return memory
 
     def save(self, course: str, site: str, round: int, memory: Memory, keep_from: int | None) -> None:
@@ -151,8 +150,6 @@ class Mailboxes:
             StorageError: nothing does.
         """
         path = self._directory / recipient / f"{topic}.hansa"
-        try:
-            with path.open("rb") as file:
-                return wire.read_parts(file, wire.read_envelope(file))
-        except OSError as error:
-            raise StorageError(f"Nothing lies under {topic!r} for {recipient!r}: {error.strerror}.") from error
+        if not path.exists():
+            raise StorageError(f"Nothing lies under {topic!r} for {recipient!r}.")
+        return wire.open_parts(path)[1]

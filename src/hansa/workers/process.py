@@ -28,7 +28,7 @@ from hansa.core.config import Choice, Job, parse
 from hansa.core.ports import Program
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan
-from hansa.errors import HansaError
+from hansa.errors import HansaError, NonFiniteError
 from hansa.workers.messages import (
     LENGTH,
     TO_WORKER,
@@ -129,6 +129,8 @@ class _Worker:
         if reply.parts:
             try:
                 wire.spool(reply, Path(request.out))
+            except NonFiniteError as error:
+                return Absent(request.ticket, "refused", error.message)
             except HansaError as error:
                 return Absent(request.ticket, "lost", error.message)
         try:
@@ -152,14 +154,12 @@ class _Worker:
         """Return the plan in a file; the last one is kept, as many sites get the same."""
         if self._plan is None or self._plan[0] != path:
             self._plan = None
-            with Path(path).open("rb") as file:
-                self._plan = (path, wire.read_plan(file))
+            self._plan = (path, wire.open_plan(Path(path)))
         return self._plan[1]
 
 
 def _read_params(path: str) -> Tree:
-    with Path(path).open("rb") as file:
-        return wire.read_parts(file, wire.read_envelope(file))["params"]
+    return wire.open_parts(Path(path))[1]["params"]
 
 
 def _listen(line: _Line, tasks: queue.SimpleQueue[Work | None], worker: Callable[[], _Worker | None]) -> None:

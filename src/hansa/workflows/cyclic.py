@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hansa.core import settle
 from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Trait
@@ -61,7 +62,9 @@ async def cyclic(
         broken = trees.first_non_finite(params)
         if broken:
             raise NonFiniteError(f"Tensor {broken!r} is NaN or infinite.", job=job.name, round=number)
-        now = replace(now, round=number, model=now.model.advance(trees.widen(trees.floating(params))))
+        moved = now.model.advance(trees.widen(trees.floating(trees.lazily(params))))
+        settled = settle.settle(moved, now.state, scratch)
+        now = replace(now, round=number, model=settled.model)
         metrics = {TRAINING + k: v for k, v in (await cohort.summarise(add(turn.sums))).items()}
         by_site: dict[str, dict[str, float]] = {
             site: {TRAINING + k: v for k, v in (await cohort.summarise(sums)).items()}
@@ -73,7 +76,7 @@ async def cyclic(
             for site, values in scores.by_site.items():
                 by_site[site] = {**by_site.get(site, {}), **values}
         hops = len(turn.accepted) * trees.num_bytes(params)
-        yield RoundRecord(
+        record = RoundRecord(
             job.name,
             number,
             tuple(asked),
@@ -88,7 +91,12 @@ async def cyclic(
             now.model,
             now.state,
             {},
+            settled.files,
         )
+        try:
+            yield record
+        finally:
+            settled.forget()
 
 
 @dataclass

@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from hansa.core import rng
+from hansa.core import rng, settle
 from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.core.fold import Fold
 from hansa.core.ports import Cohort, Handle
 from hansa.core.strategy import Strategy
-from hansa.core.tree import Layout
+from hansa.core.tree import Layout, Tree
 from hansa.core.values import Absence, Aggregate, Plan, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError, WireError
 from hansa.workflows.evaluate import TRAINING, Scores, evaluate
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def workflow() -> Workflow:
@@ -66,16 +70,22 @@ async def scatter_gather(
         plan = _plan(job, strategy, now, number, asked)
         gathered = await _gather(job, strategy, cohort, plan, asked, scratch)
         _require(job, gathered, asked, number)
-        model, state, notes = strategy.step(now.model, now.state, gathered.aggregate)
+        settled, notes = await _aside(
+            plan.params, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch
+        )
         gathered.fold.discard()
         gathered.aggregate = replace(gathered.aggregate, sums={})
         acknowledged = {} if notes.get("forget") else {**now.acknowledged, **gathered.acknowledge}
-        now = Snapshot(number, model, state, acknowledged)
+        now = Snapshot(number, settled.model, settled.state, acknowledged)
         last = number == job.rounds
         scores = None
         if last or (job.evaluation.every and number % job.evaluation.every == 0):
-            scores = await evaluate(cohort, model, job=job.name, round=number, seed=job.seed, sites=judges)
-        yield await _record(job, cohort, now, plan, asked, gathered, scores, notes, time.perf_counter() - begun)
+            scores = await evaluate(cohort, now.model, job=job.name, round=number, seed=job.seed, sites=judges)
+        record = await _record(job, cohort, now, plan, asked, gathered, scores, notes, time.perf_counter() - begun)
+        try:
+            yield replace(record, files=settled.files)
+        finally:
+            settled.forget()
 
 
 def sample(sites: Sequence[str], amount: int | float, seed: int, round: int) -> tuple[str, ...]:
@@ -135,14 +145,14 @@ async def _gather(
     asked: Sequence[str],
     scratch: Path | None,
 ) -> _Gathered:
-    overdue = {handle.header.site: handle for handle in cohort.late()}
+    overdue = {handle.header.site: handle for handle in cohort.late(plan.round)}
     welcome = {site: handle for site, handle in overdue.items() if job.cohort.late == "accept" and site not in asked}
     order = sorted({*asked, *welcome})
     fold = Fold(order, _expected(strategy, plan), strategy.weighed, len(cohort.sites), scratch)
     gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, len(cohort.sites)))
     for site, handle in sorted(overdue.items()):
         if site in welcome:
-            _accept(gathered, strategy, plan, handle)
+            await _aside(plan.params, _accept, gathered, strategy, plan, handle)
         else:
             handle.release()
     async for reply in cohort.ask(plan, asked):
@@ -150,11 +160,18 @@ async def _gather(
             gathered.absent.append(reply)
             fold.skip(reply.site)
         else:
-            _accept(gathered, strategy, plan, reply)
+            await _aside(plan.params, _accept, gathered, strategy, plan, reply)
         del reply  # or it would be held while the next site trains
-    gathered.aggregate = fold.close()
+    gathered.aggregate = await _aside(plan.params, fold.close)
     gathered.accepted.sort()
     return gathered
+
+
+async def _aside(model: Tree, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``function``; where the model is large, in a thread, so that what waits on the event loop goes on."""
+    if trees.num_bytes(model) <= trees.LARGE:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle) -> None:
