@@ -7,7 +7,8 @@
     files/NAME        stored, never compressed
 
 It is a ZIP file so that anyone can look into it. A reader trusts none of it before the signature is checked, and no
-file before its hash is.
+file before its hash is. The signer's certificate must have been valid when he says that he signed, and must not have
+been revoked since; that this was a moment ago is what the server checks when a job is submitted.
 
 | case | result |
 |---|---|
@@ -24,6 +25,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -50,6 +52,7 @@ class _Head(msgspec.Struct, forbid_unknown_fields=True):
     format: int
     job: dict[str, Any]
     files: dict[str, tuple[int, str]]
+    created: datetime
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,13 @@ class Bundle:
         job: the job as it was signed; its directory is where the files are put by :func:`unpack`.
         signer: who submitted it.
         files: name -> bytes and BLAKE3 hash.
+        created: when it was signed, as the signer says.
     """
 
     job: Job
     signer: Identity
     files: Mapping[str, tuple[int, str]]
+    created: datetime
 
     @property
     def brings_code(self) -> bool:
@@ -88,7 +93,7 @@ def pack(job: Job, path: Path, kit: Kit) -> list[int]:
     files = {name: _hashed(source) for name, source in _named_files(job).items()}
     values = job.model_dump(mode="json")
     values.pop("directory")
-    head = msgspec.json.encode(_Head(FORMAT, values, files))
+    head = msgspec.json.encode(_Head(FORMAT, values, files, datetime.now(UTC)))
     try:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, data in ((_HEAD, head), (_SIGNATURE, kit.sign(head)), (_CERTIFICATE, kit.certificate_pem())):
@@ -155,13 +160,13 @@ def read(path: Path, roster: Roster) -> Bundle:
     """
     with _opened(path) as archive:
         head_bytes, signature, certificate = (_small(archive, name) for name in (_HEAD, _SIGNATURE, _CERTIFICATE))
-    signer = roster.admit(certificate)
-    allowed(signer, Permission.SUBMIT)
-    verify(head_bytes, signature, certificate)
     try:
         head = msgspec.json.decode(head_bytes, type=_Head)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise WireError(f"The bundle's head is malformed: {error}.") from None
+    signer = roster.admit(certificate, head.created)
+    allowed(signer, Permission.SUBMIT)
+    verify(head_bytes, signature, certificate)
     if head.format != FORMAT:
         raise VersionError(f"The bundle has format {head.format}; this release reads {FORMAT}.")
     if len(head.files) > MAX_FILES:
@@ -170,7 +175,7 @@ def read(path: Path, roster: Roster) -> Bundle:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or "\\" in name or "\0" in name or any(p in ("..", ".") for p in parts):
             raise WireError(f"The bundle names a file {name[:80]!r} that can't be put into a folder.")
-    return Bundle(config.parse(head.job), signer, head.files)
+    return Bundle(config.parse(head.job), signer, head.files, head.created)
 
 
 def unpack(path: Path, bundle: Bundle, directory: Path) -> Job:
@@ -231,4 +236,3 @@ def _small(archive: zipfile.ZipFile, name: str) -> bytes:
     if entry.file_size > MAX_HEAD_BYTES or entry.compress_type != zipfile.ZIP_STORED:
         raise WireError(f"The bundle's {name} is too large or compressed.")
     return archive.read(entry)
-

@@ -7,7 +7,8 @@ HansaError                  1
 ├── ModelError              4   a base model that isn't there, a LoRA target that matches nothing
 ├── FitError                5   pieces that don't compose
 ├── SiteError               6   one site could not do its part (recorded; ends a job only below quorum)
-│   └── NonFiniteError      6   a site's loss or update is NaN or infinite
+│   ├── NonFiniteError      6   a site's loss or update is NaN or infinite
+│   └── PolicyError         6   a site's own policy does not allow it
 ├── QuorumError             6   too few sites answered
 ├── StorageError            7   a full disk, a run directory that can't be written or read
 ├── WireError               8   bytes that are no Hansa value
@@ -92,6 +93,10 @@ class SiteError(HansaError):
 
 class NonFiniteError(SiteError):
     """A site's loss, gradient or update is NaN or infinite; nothing of it is used."""
+
+
+class PolicyError(SiteError):
+    """A site's policy does not allow what it was asked for; the reason reaches the submitter."""
 
 
 class QuorumError(HansaError):

@@ -192,15 +192,15 @@ async def test_deadline_and_late_updates(tmp_path):
         assert first["c"].header.round == 1
         again = await answers(cohort, a_plan(2), ["b", "c"])
         assert (again["b"].kind, again["b"].reason) == ("late", "still working on round 1")
-        assert not cohort.late()
-        while not (late := cohort.late()):
+        assert not cohort.late(2)
+        while not (late := cohort.late(2)):
             await asyncio.sleep(0.02)
         (handle,) = late
         assert (handle.header.site, handle.header.round) == ("b", 1)
         assert handle.header.seconds > 2.5
         assert [chunk.tensor for chunk in handle.chunks()] == ["w"]
         handle.release()
-        assert not cohort.late()
+        assert not cohort.late(2)
         assert (await answers(cohort, a_plan(3, deadline_s=5.0), ["b"]))["b"].header.round == 3
 
 

@@ -253,7 +253,7 @@ class Job(Section):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            raise JobError("The job is not valid:\n" + "\n".join(_problems(error, values))) from None
+            raise JobError("The job is not valid:\n" + "\n".join(problems(Job, error, values))) from None
 
     @pydantic.field_validator("format", mode="before")
     @classmethod
@@ -287,8 +287,8 @@ def parse(values: Mapping[str, Any]) -> Job:
     return Job(**values)
 
 
-def _problems(error: pydantic.ValidationError, values: Mapping[str, Any]) -> list[str]:
-    """Return a line for every key that is wrong; the branches of a union that failed share one."""
+def problems(kind: type[Section], error: pydantic.ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """Return a line for every key of a ``kind`` that is wrong; the branches of a union that failed share one."""
     found: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     unions = set()
@@ -298,7 +298,7 @@ def _problems(error: pydantic.ValidationError, values: Mapping[str, Any]) -> lis
         if len(location) < len(item["loc"]):
             unions.add(where)
         if item["type"] == "extra_forbidden":
-            message = f"unknown key.{_suggestion(location)}"
+            message = f"unknown key.{_suggestion(kind, location)}"
         elif item["type"] == "missing":
             message = "this key is needed."
         else:
@@ -326,18 +326,18 @@ def _location(item: Any, values: Any) -> list[str]:
     return location
 
 
-def _suggestion(location: Sequence[str]) -> str:
+def _suggestion(kind: type[Section], location: Sequence[str]) -> str:
     *path, key = location
-    known = _keys(path)
-    elsewhere = [f"{name}.{key}" for name in Job.model_fields if key in _keys([name])]
+    known = _keys(kind, path)
+    elsewhere = [f"{name}.{key}" for name in kind.model_fields if key in _keys(kind, [name])]
     return nearest(key, known) or (
         f" Did you mean {elsewhere[0]!r}?" if elsewhere else f" Known keys: {', '.join(known)}."
     )
 
 
-def _keys(location: Sequence[str]) -> list[str]:
+def _keys(root: type[Section], location: Sequence[str]) -> list[str]:
     """Return the keys of the section at ``location``."""
-    kind: Any = Job
+    kind: Any = root
     for step in location:
         kind = kind.model_fields[step].annotation if _is_section(kind) else get_args(kind)[-1]
         branches = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)

@@ -17,14 +17,32 @@ from hansa.core.config import Choice, CohortSection, EvaluationSection, Job
 from hansa.core.ports import EVERYONE
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Snapshot
-from hansa.errors import QuorumError, SiteError
+from hansa.errors import PolicyError, QuorumError, SiteError
 from hansa.runs.engine import Engine
 from hansa.runs.progress import Progress
+from hansa.workers.messages import CourseForm
 from hansa.workers.runner import Course
 from hansa.workflows.evaluate import Scores, evaluate, scores_of
 from hansa.workflows.scatter_gather import scatter_gather
 
 Save = Callable[[str, Scores], None]
+
+PLAIN = Choice(name="fedavg")
+"""The strategy of every baseline; it has no filters."""
+
+
+def course_form(job: Job, name: str) -> CourseForm:
+    """Return the strategy and filters of the course ``name`` of a signed job: the job itself, or a baseline of it.
+
+    Raises:
+        PolicyError: the job asks for no such baseline.
+    """
+    if name == job.name:
+        filters = [item.model_dump(mode="json") for item in job.filters]
+        return CourseForm(name, job.strategy.model_dump(mode="json"), filters)
+    if (name == "base" and job.baselines.base) or (name.startswith("local.") and job.baselines.local):
+        return CourseForm(name, PLAIN.model_dump(mode="json"), [])
+    raise PolicyError(f"The job asks for no baseline {name!r}.", job=job.name)
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ class Baselines:
             progress.say(f"The baseline {name} could not be made: {error.message}")
 
     async def _judge(self, name: str, model: Model) -> Scores:
-        cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), Choice(name="fedavg")))
+        cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), PLAIN))
         return await evaluate(cohort, model, job=name, round=0, seed=self.job.seed)
 
     async def _train(self, name: str, site: str, rounds: int, progress: Progress) -> Scores:
@@ -96,7 +114,7 @@ class Baselines:
                 "evaluation": EvaluationSection(every=0),
             }
         )
-        course = Course(name, (site,), Choice(name="fedavg"))
+        course = Course(name, (site,), PLAIN)
         strategy, _ = course.pieces()
         model = Model.start(self.start)
         start = Snapshot(0, model, strategy.init(model))

@@ -34,6 +34,7 @@ from hansa.sinks.metrics import Csv, JsonLines, read_records
 from hansa.sinks.report import write as write_report
 from hansa.workers.runner import Course
 from hansa.workflows.evaluate import Scores
+from hansa.workflows.scatter_gather import wanted
 
 
 class Sink(Protocol):
@@ -114,8 +115,11 @@ class _Carrier:
         self._progress.stage("checking the sites' data", 0)
         reports, errors = await inspect_all(self._engine)
         error = refusal(self._job, len(reports), errors)
-        if error is not None:
+        enough = len(reports) >= wanted(self._job.cohort.quorum, len(self._engine.sites))
+        if error is not None and (self._engine.needs_all or not enough):
             raise error
+        for site, reason in errors.items():
+            self._progress.say(f"{site} does not take part so far: {reason.message}")
         storage.write_json(self._directory / "sites.json", [asdict(report) for report in reports])
         return reports
 

@@ -19,6 +19,11 @@ class Engine(Protocol):
     """Runs the sites of a job somewhere. An async context manager."""
 
     @property
+    def needs_all(self) -> bool:
+        """Whether a run begins only when every site can take part, or with a quorum of them."""
+        ...
+
+    @property
     def traits(self) -> frozenset[Trait]:
         """The engine's own traits and its program's."""
         ...

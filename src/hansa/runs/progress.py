@@ -81,9 +81,9 @@ class Watched:
             yield reply
             del reply  # or it would be held while the next site trains
 
-    def late(self) -> Sequence[Handle]:
+    def late(self, round: int) -> Sequence[Handle]:
         """Return what came late."""
-        return self.cohort.late()
+        return self.cohort.late(round)
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn sums into metrics."""

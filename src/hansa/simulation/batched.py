@@ -71,6 +71,8 @@ class Batched:
             recipe by default.
     """
 
+    needs_all = True
+
     def __init__(self, job: Job, directory: Path, program: Program | None = None) -> None:
         self._job = job
         self._directory = directory
@@ -180,9 +182,9 @@ class BatchedCohort:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         return f"{type(error).__name__}: {error} (traceback in {path})"
 
-    def late(self) -> Sequence[Handle]:
+    def late(self, round: int) -> Sequence[Handle]:
         """Return nothing: all sites of a chunk end at the same moment."""
-        return self._one_by_one.late()
+        return self._one_by_one.late(round)
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""

@@ -35,6 +35,8 @@ class Local:
         program: the training code; built from the job's recipe by default.
     """
 
+    needs_all = True
+
     def __init__(self, job: Job, directory: Path, program: Program | None = None) -> None:
         self._job = job
         self.directory = directory
@@ -134,7 +136,7 @@ class LocalCohort:
         reason = f"took {update.seconds:.2f} s, the deadline is {plan.deadline_s:g} s"
         return Absence(update.site, "late", reason)
 
-    def late(self) -> Sequence[Handle]:
+    def late(self, round: int) -> Sequence[Handle]:
         """Return, and forget, the updates that overran their deadline."""
         late, self._late = self._late, []
         return late

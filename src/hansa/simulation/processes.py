@@ -78,6 +78,8 @@ class Processes:
         gpus: the GPUs to divide, as in CUDA_VISIBLE_DEVICES; all visible ones by default.
     """
 
+    needs_all = True
+
     def __init__(
         self, job: Job, directory: Path, *, cpus: int | None = None, gpus: Sequence[str] | None = None
     ) -> None:
@@ -277,7 +279,7 @@ class ProcessCohort:
                 pool.withdraw(waiter)
             errand.close()
 
-    def late(self) -> Sequence[Handle]:
+    def late(self, round: int) -> Sequence[Handle]:
         """Return, and forget, the updates that came after their deadline."""
         late, self.overdue = self.overdue, []
         return late

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs at work: each in a thread and an event loop of its own, as many at once as the settings allow.
+
+A job is a run folder, exactly as ``hansa run`` makes one, so a killed server goes on from its checkpoint.
+
+    jobs/ID/                what every run has: job.json, metrics, checkpoints, model/, report.html
+    jobs/ID/bundle.zip      what its submitter signed;  files/ what is in it
+    jobs/ID/work/           plans, updates, and what passes to the worker beside the server
+
+| case | result |
+|---|---|
+| the server is killed or stopped | jobs that were running go on when it starts again |
+| the disk is full | tried again with growing pauses for ``PATIENCE_S``, then failed; ``hansa job resume`` goes on |
+| a defect in one job | that job fails with its traceback in the log; others go on |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from hansa.core import storage
+from hansa.core.config import Job
+from hansa.core.ports import Reply
+from hansa.core.values import Absence, Plan, RoundRecord
+from hansa.errors import HansaError, InterruptedRunError, StorageError
+from hansa.runs import carrier
+from hansa.runs.run import Run
+from hansa.server.desk import Desk
+from hansa.server.remote import Remote
+from hansa.server.settings import ServerSettings
+from hansa.server.store import Store
+from hansa.sinks.text import number
+from hansa.transport.pieces import describe
+
+PATIENCE_S = 600.0
+"""How long a job is tried again when the server's own disk is full."""
+
+RESULTS = "results.json"
+
+_LOG = logging.getLogger("hansa.server.jobs")
+
+
+class Jobs:
+    """The queue and the jobs at work.
+
+    Args:
+        directory: the server's folder.
+        settings: how many jobs at once, how long a site may be silent.
+        store: what is durable.
+        desk: the doorbells.
+        members: returns the names of the federation's sites.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: ServerSettings,
+        store: Store,
+        desk: Desk,
+        members: Callable[[], Sequence[str]],
+    ) -> None:
+        self.directory = directory / "jobs"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._settings = settings
+        self._store = store
+        self._desk = desk
+        self._members = members
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._running: dict[str, _Running] = {}
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Carry out what is queued, and first what was running when the server ended, until cancelled."""
+        for row in self._store.jobs(state="running"):
+            self._start(row.id)
+        known = {row.id for row in self._store.jobs()}
+        for path in self.directory.iterdir():  # made for a submission that never became a job
+            if path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
+        try:
+            while True:
+                self._wake.clear()
+                for row in self._store.jobs(state="queued"):
+                    if len(self._running) >= self._settings.max_running_jobs:
+                        break
+                    if row.id not in self._running:
+                        self._store.set_state(row.id, "running")
+                        self._start(row.id)
+                await self._wake.wait()
+        finally:
+            self._stopping = True
+            for running in self._running.values():
+                running.cancel()
+            await asyncio.to_thread(self._join)
+
+    def wake(self) -> None:
+        """Look at the queue again."""
+        self._wake.set()
+
+    def abort(self, id: str) -> None:
+        """Stop a job, whether it waits or works; finished rounds stay (JobError if it has ended)."""
+        self._store.set_state(id, "aborted")
+        running = self._running.get(id)
+        if running is not None:
+            running.cancel()
+        self._desk.ring(self.sites_of(id))
+
+    def at_work(self, id: str) -> bool:
+        """Say whether a job's thread is still there."""
+        return id in self._running
+
+    def folder(self, id: str) -> Path:
+        """Return a job's folder."""
+        return self.directory / id
+
+    def sites_of(self, id: str) -> list[str]:
+        """Return the sites that take part in a job."""
+        return sites_of(Run(self.folder(id)).job, self._members())
+
+    def _join(self) -> None:
+        for running in list(self._running.values()):
+            running.thread.join()
+
+    def _start(self, id: str) -> None:
+        running = _Running(id, self)
+        self._running[id] = running
+        running.thread.start()
+
+    def ended(self, id: str) -> None:
+        """A job's thread has ended; called from it."""
+
+        def note() -> None:
+            del self._running[id]
+            self._wake.set()
+
+        with contextlib.suppress(RuntimeError):  # the server's loop is closed already
+            self._loop.call_soon_threadsafe(note)
+
+    async def carry_out(self, id: str) -> None:
+        """Bring one job to its end, in its own loop."""
+        run = Run(self.folder(id))
+        sites = sites_of(run.job, self._members())
+        job = at_server(run.job, sites)
+        notes = _Notes(self._store, id)
+
+        def engine(work: Path) -> Remote:
+            return Remote(id, job, work, sites, self._store, self._desk, self._settings.lease_s)
+
+        begun, pause = time.monotonic(), 1.0
+        while True:
+            try:
+                await carrier.carry_out(run, engine, notes, sinks=[notes])
+                break
+            except StorageError as error:
+                _LOG.warning("%s: %s", id, error.message)
+                if time.monotonic() - begun > PATIENCE_S:
+                    raise
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 30.0)
+        await asyncio.to_thread(publish_results, run.directory)
+
+    def settle(self, id: str, error: BaseException | None) -> None:
+        """Write down how a job ended."""
+        if error is None:
+            self._store.set_state(id, "finished")
+            self._store.event(id, "state", "finished")
+        elif isinstance(error, InterruptedRunError | asyncio.CancelledError):
+            if self._stopping:
+                return
+            self._store.event(id, "state", "aborted")
+        else:
+            text = str(error) if isinstance(error, HansaError) else f"a defect: {type(error).__name__}: {error}"
+            if not isinstance(error, HansaError):
+                _LOG.error("Job %s ended in a defect", id, exc_info=error)
+            self._store.set_state(id, "failed", text)
+            self._store.event(id, "state", f"failed: {text}")
+        self._desk.ring(self.sites_of(id))
+
+
+class _Running:
+    """The thread of one job."""
+
+    def __init__(self, id: str, jobs: Jobs) -> None:
+        self._id = id
+        self._jobs = jobs
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._cancel: Callable[[], object] | None = None
+        self.thread = threading.Thread(target=self._work, name=f"job {id}", daemon=True)
+
+    def cancel(self) -> None:
+        """Stop the job at its next await."""
+        with self._lock:
+            self._cancelled = True
+            if self._cancel is not None:
+                self._cancel()
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        try:
+            asyncio.run(self._main())
+        except BaseException as caught:  # noqa: BLE001 - whatever ended the job is written down
+            error = caught
+        try:
+            self._jobs.settle(self._id, error)
+        except HansaError:
+            _LOG.exception("How job %s ended could not be written down", self._id)
+        self._jobs.ended(self._id)
+
+    async def _main(self) -> None:
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        assert task is not None, "asyncio.run makes a task"
+        with self._lock:
+            self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+            if self._cancelled:
+                task.cancel()
+        try:
+            await self._jobs.carry_out(self._id)
+        finally:
+            with self._lock:
+                self._cancel = None
+
+
+class _Notes:
+    """A job's progress, as lines in its log; and the sink that keeps the store's round up to date."""
+
+    def __init__(self, store: Store, id: str) -> None:
+        self._store = store
+        self._id = id
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """Note a stage."""
+        self._store.event(self._id, "stage", name)
+
+    def advance(self, detail: str = "") -> None:
+        """Steps are not noted."""
+
+    def ask(self, plan: Plan, sites: Sequence[str]) -> None:
+        """Requests are not noted."""
+
+    def reply(self, plan: Plan, reply: Reply) -> None:
+        """Note who gave no update, and why."""
+        if isinstance(reply, Absence):
+            text = f"{plan.job}, round {plan.round}, {plan.task}: {reply.site}: {reply.kind}: {reply.reason}"
+            self._store.event(self._id, "absent", text)
+
+    def round(self, record: RoundRecord) -> None:
+        """Note a finished round."""
+        metrics = ", ".join(f"{name} {number(value)}" for name, value in record.metrics.items())
+        text = f"round {record.round}: {len(record.accepted)} of {len(record.asked)} sites, {metrics}"
+        self._store.event(self._id, "round", text)
+
+    def say(self, text: str) -> None:
+        """Note it."""
+        self._store.event(self._id, "note", text)
+
+    def write(self, record: RoundRecord) -> None:
+        """Keep the store's round up to date."""
+        self._store.progressed(self._id, record.round, 0)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def sites_of(job: Job, members: Sequence[str]) -> list[str]:
+    """Return the sites that take part in ``job``: those it names, or all of the federation."""
+    return sorted(job.cohort.sites or members)
+
+
+def at_server(job: Job, sites: Sequence[str]) -> Job:
+    """Return the job as the worker beside the server builds it: it names every site and has nobody's data."""
+    changes: dict[str, object] = {"partition": None}
+    if job.data is not None:
+        changes["data"] = job.data.model_copy(update={"train": dict.fromkeys(sites, "not-here"), "test": None})
+    return job.model_copy(update=changes)
+
+
+def publish_results(directory: Path) -> dict[str, tuple[str, int]]:
+    """Describe a finished run's files for download: name -> manifest and bytes; manifests lie beside."""
+    manifests = directory / "work" / "results"
+    shutil.rmtree(manifests, ignore_errors=True)
+    manifests.mkdir(parents=True)
+    found: dict[str, tuple[str, int]] = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        if path.is_file() and name.parts[0] not in ("work", "checkpoints", "files", "bundle.zip", ".lock"):
+            manifest = describe(path)
+            (manifests / manifest.digest).write_bytes(manifest.encode())
+            found[name.as_posix()] = (manifest.digest, manifest.num_bytes)
+    storage.write_json(directory / "work" / RESULTS, found)
+    return found
+
+
+def results_of(directory: Path) -> dict[str, tuple[str, int]]:
+    """Return the files of a finished job: name -> manifest and bytes; none before it has finished."""
+    path = directory / "work" / RESULTS
+    if not path.exists():
+        return {}
+    return msgspec.convert(storage.read_json(path), dict[str, tuple[str, int]])

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine ``remote``: the sites of a federation, asked through the server's store and doorbells.
+
+A plan is encoded once, whatever the number of sites, and lies in the job's folder under the address of its pieces.
+Asked for again, after a restart say, the same plan is the same task, and what was accepted is not asked for again:
+
+    ask ── open tasks in the store, ring ──>  site: agenda, plan, work  ── answer, durable ──> store ──> ask yields it
+
+Updates stay on disk until a later round begins, for only then is the checkpoint that holds them durable.
+
+| case | result |
+|---|---|
+| a site is not heard from for the lease | ``lost``; it may come back in a later round |
+| a site overruns the plan's deadline, by its own clock | ``late``; by policy its update is taken in a later round |
+| a site's update is not what it was asked for | ``rejected``, with the reason |
+| the server is killed | the same tasks with the same answers, after the restart |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from hansa.core import storage, wire
+from hansa.core.config import Job
+from hansa.core.fit import Trait
+from hansa.core.ports import Handle, Peers, Reply, SiteReport
+from hansa.core.tree import Tree
+from hansa.core.values import Absence, Plan
+from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
+from hansa.runs.carrier import workflow_of
+from hansa.server.compute import Compute
+from hansa.server.desk import Desk
+from hansa.server.store import Store, TaskKind, TaskRow
+from hansa.transport.messages import Inspected, Missing
+from hansa.transport.pieces import Manifest, describe
+from hansa.workers.runner import Course
+
+_TICK_S = 0.5
+_SETTLE_S = 0.25
+"""How long an answer may be on its way from a site before the site counts as overdue."""
+
+
+class Remote:
+    """The sites of one job.
+
+    Args:
+        id: the job's id.
+        job: the job, its files in place, as the server's own worker runs it.
+        directory: the job's folder for plans, updates, and what passes to the worker.
+        sites: who takes part.
+        store: what is durable.
+        desk: the doorbells.
+        lease_s: how long a site may be silent.
+    """
+
+    needs_all = False
+
+    def __init__(
+        self, id: str, job: Job, directory: Path, sites: Sequence[str], store: Store, desk: Desk, lease_s: float
+    ) -> None:
+        self.id = id
+        self.job = job
+        self.sites: Sequence[str] = tuple(sorted(sites))
+        self.store = store
+        self.desk = desk
+        self.lease_s = lease_s
+        self._directory = directory
+        self._plans = directory / "plans"
+        self._updates = directory / "updates"
+        self._compute = Compute(job, directory / "compute")
+        self._news = asyncio.Event()
+
+    async def __aenter__(self) -> Remote:
+        """Start the worker beside the server.
+
+        Raises:
+            FitError: the job's workflow needs messages between sites.
+            HansaError: what the recipe raises.
+        """
+        workflow = workflow_of(self.job)
+        if Trait.RELAYS in workflow.traits:
+            raise FitError(
+                f"Workflow {workflow.name!r} hands the model from site to site, and a deployed server carries no "
+                "messages between sites. Instead: workflow = 'scatter-gather'.",
+                job=self.job.name,
+            )
+        for folder in (self._plans, self._updates):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        await self._compute.__aenter__()
+        loop = asyncio.get_running_loop()
+        self.desk.listen(self.id, lambda: loop.call_soon_threadsafe(self._news.set))
+        self.traits = self._compute.traits
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """End the worker; what sites still work on stays on the agenda until the job's state says otherwise."""
+        self.desk.listen(self.id, None)
+        await self._compute.__aexit__()
+
+    traits: frozenset[Trait]
+
+    def _sweep(self) -> None:
+        """Delete updates that no task names: they were left over by a crash."""
+        known = self.store.updates(self.id)
+        for path in self._updates.iterdir():
+            if path.suffix == ".hansa" and path.stem not in known:
+                path.unlink()
+
+    async def initial(self) -> Tree:
+        """Return the parameters that training starts from."""
+        return await self._compute.initial(self._directory / "initial.hansa")
+
+    async def inspect(self, site: str) -> SiteReport:
+        """Have the site check the job against its policy and data.
+
+        Raises:
+            PolicyError: the site refuses, and why.
+            SiteError: the site was not heard from, or could not.
+        """
+        async for row in self.answers(self.id, 0, "inspect", "", [site], None):
+            said = msgspec.json.decode(row.answer, type=Inspected | Missing) if row.answer else None
+            if isinstance(said, Inspected):
+                return SiteReport(site, said.counts, said.labels)
+            reason = said.reason if isinstance(said, Missing) else self._silence(site)
+            refused = isinstance(said, Missing) and said.kind == "refused"
+            raise (PolicyError if refused else SiteError)(reason, site=site)
+        raise AssertionError("every site that is asked is answered for")
+
+    async def export(self, params: Tree, directory: Path) -> None:
+        """Write a usable model with ``params`` to ``directory``."""
+        await self._compute.export(params, directory)
+
+    async def show(self, params: Tree) -> Mapping[str, str]:
+        """Return something to look at: prompt -> what a model with ``params`` makes of it; or nothing."""
+        return await self._compute.show(params)
+
+    async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn metric sums into metrics."""
+        return await self._compute.summarise(sums)
+
+    def cohort(self, course: Course) -> RemoteCohort:
+        """Return the sites of ``course`` as a workflow sees them."""
+        return RemoteCohort(self, course)
+
+    @property
+    def peers(self) -> Peers:
+        """There are none: :meth:`__aenter__` has refused what would need them."""
+        raise AssertionError("a workflow that needs peers was refused")
+
+    def update_path(self, task: str) -> Path:
+        """Return where the update that answers ``task`` lies."""
+        return self._updates / f"{task}.hansa"
+
+    def publish(self, plan: Plan) -> str:
+        """Put a plan where sites can fetch it, and return the address of its manifest.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        temporary = self._plans / f".{plan.job}.{plan.round}.{plan.task}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                wire.write_plan(file, plan)
+            manifest = describe(temporary, wire.cuts(temporary))
+            storage.write_atomic(self._plans / f"{manifest.digest}.manifest", manifest.encode())
+            temporary.replace(self._plans / f"{manifest.digest}.hansa")
+        except OSError as error:
+            raise storage.full(temporary, error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return manifest.digest
+
+    def forget(self, course: str, before: int) -> None:
+        """Free the updates of rounds before ``before``, and the plans that nobody is asked for any more."""
+        for key in self.store.forget(self.id, course, before):
+            self.update_path(key).unlink(missing_ok=True)
+        wanted = {row.plan for row in self.store.tasks(self.id) if row.state in ("open", "late", "done")}
+        for path in self._plans.glob("*.hansa"):
+            if path.stem not in wanted:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".manifest").unlink(missing_ok=True)
+
+    async def answers(
+        self, course: str, round: int, kind: TaskKind, plan: str, sites: Sequence[str], deadline_s: float | None
+    ) -> AsyncGenerator[TaskRow, None]:
+        """Ask ``sites`` and yield a row for each as soon as it is not open any more."""
+        rows = await asyncio.to_thread(self.store.open_tasks, self.id, course, round, kind, plan, sites)
+        self.desk.ring(sites)
+        waiting = {row.task: row for row in rows.values()}
+        try:
+            while True:
+                for row in sorted(waiting.values(), key=lambda row: row.site):
+                    settled = row if row.state != "open" else await self._given_up(row, deadline_s)
+                    if settled is not None:
+                        del waiting[row.task]
+                        yield settled
+                if not waiting:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), _TICK_S)
+                self._news.clear()
+                now = await asyncio.to_thread(self.store.tasks, self.id, kind)
+                waiting |= {row.task: row for row in now if row.task in waiting}
+        finally:
+            if waiting:
+                await asyncio.to_thread(self.store.withdraw, self.id, course, round, kind)
+                self.desk.ring(sites)
+
+    async def _given_up(self, row: TaskRow, deadline_s: float | None) -> TaskRow | None:
+        """Close a task whose site has overrun its deadline or is gone, and return it; None while there is hope."""
+        if deadline_s is not None and self.desk.worked_s(row.site, row.task) > deadline_s + _SETTLE_S:
+            said = Missing("late", f"not done after the deadline of {deadline_s:g} s")
+        elif self.desk.silent_s(row.site) > self.lease_s:
+            said = Missing("lost", self._silence(row.site))
+        else:
+            return None
+        state = "late" if self.job.cohort.late == "accept" and row.kind == "train" else "missing"
+        await asyncio.to_thread(self.store.answer, row.task, row.site, state, msgspec.json.encode(said))  # type: ignore[arg-type]
+        self.desk.ring([row.site])
+        return await asyncio.to_thread(self.store.task, row.task)
+
+    def _silence(self, site: str) -> str:
+        since = self.desk.seen(site)[0]
+        if since is None:
+            return f"has never been heard from (the server waits {self.lease_s:g} s for a site)"
+        return f"not heard from for {since:.0f} s (the server waits {self.lease_s:g} s for a site)"
+
+
+class RemoteCohort:
+    """The port of the ``remote`` engine."""
+
+    def __init__(self, engine: Remote, course: Course) -> None:
+        self.sites: Sequence[str] = course.sites
+        self._engine = engine
+        self._course = course
+
+    async def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
+        """Ask sites to carry a plan out."""
+        engine = self._engine
+        if plan.task == "train":
+            await asyncio.to_thread(engine.forget, plan.job, plan.round)
+        digest = await asyncio.to_thread(engine.publish, plan)
+        answers = engine.answers(plan.job, plan.round, plan.task, digest, sorted(sites), plan.deadline_s)
+        async with contextlib.aclosing(answers):
+            async for row in answers:
+                yield await asyncio.to_thread(self._reply, row, plan)
+
+    def _reply(self, row: TaskRow, plan: Plan) -> Reply:
+        if row.state == "done":
+            try:
+                handle = Kept(self._engine.update_path(row.update))
+            except HansaError as error:
+                return Absence(row.site, "rejected", error.message)
+            seconds = handle.header.seconds
+            if plan.deadline_s is not None and seconds > plan.deadline_s:
+                return Absence(row.site, "late", f"took {seconds:.2f} s, the deadline is {plan.deadline_s:g} s")
+            return handle
+        if row.answer:
+            said = msgspec.json.decode(row.answer, type=Missing)
+            return Absence(row.site, said.kind, said.reason)
+        return Absence(row.site, "lost", "was not asked any more")
+
+    def late(self, round: int) -> Sequence[Handle]:
+        """Return the updates that came after their deadline and that ``round`` is to use."""
+        rows = self._engine.store.overdue(self._engine.id, self._course.name, round)
+        return [Kept(self._engine.update_path(row.update)) for row in rows]
+
+    async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turn metric sums into metrics."""
+        return await self._engine.summarise(sums)
+
+
+class Kept(wire.Spooled):
+    """An accepted update; it stays on disk until the round that it is in is durable."""
+
+    def release(self) -> None:
+        """Leave the file: :meth:`Remote.forget` frees it."""
+
+
+def manifest_of(path: Path) -> Manifest:
+    """Return the manifest beside a published plan.
+
+    Raises:
+        StorageError: it can't be read.
+    """
+    try:
+        return Manifest.decode(path.with_suffix(".manifest").read_bytes())
+    except OSError as error:
+        raise StorageError(f"Can't read the manifest of {path}: {os.strerror(error.errno or 0)}.") from error

@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server does with each call: decided by who calls, answered from the store, noted in the audit log.
+
+| case | result |
+|---|---|
+| a site answers what it was not asked, or what another was | JobError; nothing changes |
+| an answer comes a second time | acknowledged; the first stands |
+| an update that is no Hansa update, or of another site or round | the task is closed as ``rejected``, with the reason |
+| a role or scope that does not allow the call | AccessError, and an audit entry |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from hansa import bundle as bundles
+from hansa.core import storage, wire
+from hansa.errors import AccessError, HansaError, JobError, StorageError
+from hansa.pki.identity import Identity, Role
+from hansa.pki.kit import Kit
+from hansa.pki.roles import Permission, allowed
+from hansa.runs.run import Run, create
+from hansa.server.desk import Desk
+from hansa.server.jobs import Jobs, results_of
+from hansa.server.remote import manifest_of
+from hansa.server.settings import ServerSettings
+from hansa.server.store import JobRow, Store, TaskRow
+from hansa.transport.messages import (
+    INLINE_BYTES,
+    PROTOCOL,
+    AbortJob,
+    Agenda,
+    Answer,
+    AskAgenda,
+    AskRoster,
+    Assignment,
+    Attend,
+    DeleteJob,
+    Done,
+    Follow,
+    Get,
+    JobEvent,
+    JobLine,
+    JobLines,
+    JobView,
+    ListJobs,
+    ListSites,
+    Message,
+    Missing,
+    Offer,
+    Poll,
+    Report,
+    ResumeJob,
+    Ring,
+    RosterText,
+    ShowJob,
+    SiteLine,
+    SiteLines,
+    Submit,
+    Submitted,
+)
+from hansa.transport.pieces import Incoming, Manifest
+
+FRESH_S = 900.0
+"""How old a bundle's signature may be when the job is submitted."""
+
+_SEEN_S = 10.0
+_AUDITED = {Submit: "submit", AbortJob: "abort", ResumeJob: "resume", DeleteJob: "delete"}
+
+
+class Service:
+    """The server's half of :class:`hansa.transport.server.Handlers`.
+
+    Args:
+        directory: the server's folder.
+        kit: who the server is, and the federation's roster.
+        settings: what it allows.
+        store, desk, jobs: what is durable, what is known now, what is at work.
+    """
+
+    def __init__(
+        self, directory: Path, kit: Kit, settings: ServerSettings, store: Store, desk: Desk, jobs: Jobs
+    ) -> None:
+        self._incoming = directory / "incoming"
+        self._incoming.mkdir(exist_ok=True)
+        self._kit = kit
+        self._settings = settings
+        self._store = store
+        self._desk = desk
+        self._jobs = jobs
+        self._noted: dict[str, float] = {}
+        self._submitting = asyncio.Lock()
+
+    async def call(self, caller: Identity, request: Message) -> Message:
+        """Answer a request."""
+        try:
+            reply = await self._answer(caller, request)
+        except HansaError as error:
+            if isinstance(error, AccessError) or type(request) in _AUDITED:
+                await self._audit(caller, request, "refused", error.message)
+            raise
+        if type(request) in _AUDITED:
+            await self._audit(caller, request, "done", getattr(reply, "job", ""))
+        return reply
+
+    async def _audit(self, caller: Identity, request: Message, outcome: str, detail: str) -> None:
+        action = _AUDITED.get(type(request), type(request).__name__)
+        subject = getattr(request, "job", "") or getattr(request, "bundle", "")
+        await asyncio.to_thread(self._store.audit, caller.member, caller.role.value, action, subject, outcome, detail)
+
+    async def _answer(self, caller: Identity, request: Message) -> Message:
+        match request:
+            case Poll():
+                self._attends(caller)
+                await self._heard(caller, request.release)
+                sequence = await self._desk.news(caller.name, request.since, min(request.wait_s, 60.0))
+                return self._ring(sequence)
+            case AskAgenda():
+                self._attends(caller)
+                await self._heard(caller)
+                return await asyncio.to_thread(self._agenda, caller.name, frozenset(request.have))
+            case Report():
+                self._attends(caller)
+                await self._heard(caller)
+                self._desk.report(caller.name, request.activities)
+                return Done()
+            case Answer():
+                self._attends(caller)
+                await self._heard(caller)
+                job = await asyncio.to_thread(self._take, caller.name, request)
+                self._desk.answered(job)
+                return Done()
+            case AskRoster():
+                return RosterText(self._kit.roster().data)
+            case Submit():
+                allowed(caller, Permission.SUBMIT)
+                async with self._submitting:
+                    job = await asyncio.to_thread(self._submit, caller, request)
+                self._jobs.wake()
+                return Submitted(job)
+            case ListJobs():
+                return await asyncio.to_thread(self._list, caller)
+            case ShowJob():
+                return await asyncio.to_thread(self._show, caller, request.job)
+            case AbortJob():
+                row = self._row(caller, Permission.ABORT, request.job)
+                await asyncio.to_thread(self._jobs.abort, row.id)
+                return Done()
+            case ResumeJob():
+                row = self._row(caller, Permission.RESUME, request.job)
+                if self._jobs.at_work(row.id):
+                    raise JobError("The job is still ending; try again in a moment.", job=row.id)
+                await asyncio.to_thread(self._store.set_state, row.id, "queued")
+                self._jobs.wake()
+                return Done()
+            case DeleteJob():
+                row = self._row(caller, Permission.DELETE, request.job)
+                await asyncio.to_thread(self._delete, row)
+                return Done()
+            case ListSites():
+                return await asyncio.to_thread(self._sites, caller)
+        raise AssertionError(f"{type(request).__name__} has no answer")
+
+    # Sites
+
+    def _attends(self, caller: Identity) -> None:
+        allowed(caller, Permission.ATTEND, sites=[caller.name])
+
+    async def _heard(self, caller: Identity, release: str = "") -> None:
+        self._desk.heard(caller.name, release)
+        now = time.monotonic()
+        if now - self._noted.get(caller.name, -_SEEN_S) >= _SEEN_S:
+            self._noted[caller.name] = now
+            await asyncio.to_thread(self._store.seen, caller.name, self._desk.seen(caller.name)[1])
+
+    def _ring(self, sequence: int) -> Ring:
+        return Ring(sequence, self._kit.roster().version, self._settings.lease_s)
+
+    async def attend(self, caller: Identity, request: Attend) -> AsyncIterator[Ring]:
+        """Ring whenever there is news, and a few times a lease when there is none."""
+        self._attends(caller)
+        if request.protocol != PROTOCOL:
+            raise JobError(
+                f"The site speaks protocol {request.protocol}, this server {PROTOCOL}. Bring both to one release."
+            )
+        self._desk.attending(caller.name, 1)
+        try:
+            sequence = self._desk.sequence(caller.name)
+            while True:
+                await self._heard(caller, request.release)
+                yield self._ring(sequence)
+                sequence = await self._desk.news(caller.name, sequence, self._settings.lease_s / 4)
+        finally:
+            self._desk.attending(caller.name, -1)
+
+    def _agenda(self, site: str, have: frozenset[str]) -> Agenda:
+        sequence = self._desk.sequence(site)
+        jobs = [row.id for row in self._store.jobs() if row.state != "finished" and site in self._sites_of(row.id)]
+        room = 16 * INLINE_BYTES
+        assignments = []
+        for row in self._store.agenda(site):
+            inline = b""
+            if row.plan and row.task not in have and room > 0:
+                path = self._plan_path(row.job, row.plan)
+                if path.exists() and path.stat().st_size <= INLINE_BYTES:
+                    inline = path.read_bytes()
+                    room -= len(inline)
+            bundle = self._store.job(row.job).bundle
+            assignments.append(Assignment(row.task, row.job, bundle, row.kind, row.course, row.round, row.plan, inline))
+        return Agenda(sequence, jobs, assignments)
+
+    def _sites_of(self, id: str) -> list[str]:
+        try:
+            return self._jobs.sites_of(id)
+        except StorageError:  # its folder is being deleted
+            return []
+
+    def _plan_path(self, job: str, plan: str) -> Path:
+        return self._jobs.folder(job) / "work" / "plans" / f"{plan}.hansa"
+
+    def _update_path(self, row: TaskRow) -> Path:
+        return self._jobs.folder(row.job) / "work" / "updates" / f"{row.task}.hansa"
+
+    def _task(self, site: str, job: str, task: str) -> TaskRow:
+        row = self._store.task(task)
+        if row is None or row.site != site or row.job != job:
+            raise JobError(f"Site {site!r} was not asked for {task!r}.", job=job, site=site)
+        return row
+
+    def _take(self, site: str, said: Answer) -> str:
+        row = self._task(site, said.job, said.task)
+        if row.state not in ("open", "late"):
+            return row.job
+        given = sum(item is not None for item in (said.inline, said.upload, said.missing, said.inspected))
+        other = said.missing is None and (said.inspected is not None) != (row.kind == "inspect")
+        if given != 1 or other:
+            raise JobError("The answer is of another kind than was asked for.", job=row.job, site=site)
+        if said.missing is not None or said.inspected is not None:
+            state = "missing" if said.missing is not None else "done"
+            text = msgspec.json.encode(said.missing if said.missing is not None else said.inspected)
+            self._store.answer(row.task, site, state, text)  # type: ignore[arg-type]
+            return row.job
+        path = self._update_path(row)
+        if said.inline is not None:
+            storage.write_atomic(path, said.inline)
+        problem = _problem(path, row)
+        if problem is None:
+            self._store.answer(row.task, site, "done", b"", row.task)
+        else:
+            path.unlink(missing_ok=True)
+            self._store.answer(row.task, site, "missing", msgspec.json.encode(Missing("rejected", problem[:4096])))
+            self._store.audit(f"site/{site}", Role.SITE.value, "answer", row.job, "refused", problem)
+        return row.job
+
+    # Files
+
+    async def source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
+        """Return a file that belongs to a job: its bundle and plans for its sites, its results for its owner."""
+        return await asyncio.to_thread(self._source, caller, request)
+
+    def _source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
+        row = self._store.job(request.job)
+        folder = self._jobs.folder(row.id)
+        if caller.role is Role.SITE:
+            allowed(caller, Permission.ATTEND, sites=[caller.name])
+            if caller.name not in self._jobs.sites_of(row.id):
+                raise AccessError(f"Site {caller.name!r} does not take part in job {row.id!r}.")
+            if request.digest == row.bundle:
+                return folder / "bundle.zip", Manifest.decode((folder / "bundle.manifest").read_bytes())
+            path = self._plan_path(row.id, request.digest)
+            if not path.exists():
+                raise JobError("This plan is not asked for any more.", job=row.id, site=caller.name)
+            return path, manifest_of(path)
+        allowed(caller, Permission.DOWNLOAD, owner=row.submitter)
+        for name, (digest, _) in results_of(folder).items():
+            if digest == request.digest:
+                if request.ranges is None:
+                    self._store.audit(caller.member, caller.role.value, "download", row.id, "done", name)
+                manifest = (folder / "work" / "results" / digest).read_bytes()
+                return folder / name, Manifest.decode(manifest)
+        raise JobError(f"Job {row.id!r} has no such file.", job=row.id)
+
+    async def offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
+        """Say where an upload goes: a new job's bundle, or the update that answers a task."""
+        return await asyncio.to_thread(self._offered, caller, offer, manifest)
+
+    def _offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
+        limit = self._settings.max_model_bytes
+        if offer.task == "bundle" and not offer.job:
+            allowed(caller, Permission.SUBMIT)
+            path = self._bundle_path(caller, manifest.digest)
+        else:
+            self._attends(caller)
+            row = self._task(caller.name, offer.job, offer.task)
+            if row.state not in ("open", "late"):
+                return None
+            path = self._update_path(row)
+        if path.exists():
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Incoming(path, manifest, max_bytes=limit)
+
+    async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
+        """Note a bundle's manifest; what an update is worth is decided when it is answered with."""
+        if offer.task == "bundle":
+            path = incoming.path.with_suffix(".manifest")
+            await asyncio.to_thread(storage.write_atomic, path, incoming.manifest.encode())
+        else:
+            await self._heard(caller)
+
+    def _bundle_path(self, caller: Identity, digest: str) -> Path:
+        return self._incoming / f"{caller.role.value}-{caller.name}-{digest}.zip"
+
+    # Users
+
+    def _submit(self, caller: Identity, request: Submit) -> str:
+        for row in self._store.jobs(caller.name):
+            if row.key == request.key:
+                return row.id
+        path = self._bundle_path(caller, request.bundle)
+        if not path.exists() or not path.with_suffix(".manifest").exists():
+            raise JobError("The job's bundle was not uploaded.")
+        bundle = bundles.read(path, self._kit.roster())
+        if bundle.signer.member != caller.member:
+            raise AccessError(f"The bundle was signed by {bundle.signer.member}, and {caller.member} submits it.")
+        age = (datetime.now(UTC) - bundle.created).total_seconds()
+        if abs(age) > FRESH_S:
+            raise AccessError(f"The bundle was signed {age:.0f} s ago; sign it anew and submit it at once.")
+        members = self.members()
+        unknown = sorted(set(bundle.job.cohort.sites or ()) - set(members))
+        if unknown:
+            raise JobError(f"cohort.sites names {unknown[0]!r}; the federation's sites are: {', '.join(members)}.")
+        if not members:
+            raise JobError("The federation has no sites yet.")
+        folder = self._jobs.directory
+        output = bundle.job.output.model_copy(update={"dir": str(folder)})
+        directory = create(bundle.job.model_copy(update={"output": output}))
+        try:
+            job = bundles.unpack(path, bundle, directory / "files")
+            document = job.model_copy(update={"output": output})
+            storage.write_atomic(directory / "job.json", document.to_json().encode())
+            size = path.stat().st_size
+            path.replace(directory / "bundle.zip")
+            path.with_suffix(".manifest").replace(directory / "bundle.manifest")
+            quota = self._settings.quota
+            return self._store.add_job(
+                directory.name,
+                job.name,
+                caller.name,
+                request.bundle,
+                request.key,
+                job.rounds,
+                size=size,
+                most_jobs=quota.jobs,
+                most_bytes=quota.bytes,
+            )
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    def members(self) -> list[str]:
+        """Return the names of the federation's sites."""
+        prefix = f"{Role.SITE.value}/"
+        return sorted(name.removeprefix(prefix) for name in self._kit.roster().members if name.startswith(prefix))
+
+    def _row(self, caller: Identity, permission: Permission, id: str) -> JobRow:
+        row = self._store.job(id)
+        allowed(caller, permission, owner=row.submitter, sites=self._sites_of(id))
+        return row
+
+    def _visible(self, caller: Identity, row: JobRow) -> bool:
+        try:
+            allowed(caller, Permission.LIST, owner=row.submitter, sites=self._sites_of(row.id))
+        except AccessError:
+            return False
+        return True
+
+    def _list(self, caller: Identity) -> JobLines:
+        rows = self._store.jobs()
+        visible = [row for row in rows if self._visible(caller, row)]
+        if not visible:
+            allowed(caller, Permission.LIST, owner=caller.name, sites=[caller.at_site or ""])
+        return JobLines([_line(row) for row in visible])
+
+    def _show(self, caller: Identity, id: str) -> JobView:
+        row = self._row(caller, Permission.SHOW, id)
+        run = Run(self._jobs.folder(id))
+        answers = {task.site: task for task in self._store.tasks(id, "inspect")}
+        sites = {}
+        activities = {}
+        for site in self._sites_of(id):
+            task = answers.get(site)
+            sites[site] = "not asked yet" if task is None else _said(task)
+            activities[site] = "; ".join(self._desk.seen(site)[3]) if row.state == "running" else ""
+        document = run.job.model_dump(mode="json")
+        for private in ("directory", "output"):
+            document.pop(private)
+        return JobView(_line(row), document, run.records, sites, activities, results_of(run.directory))
+
+    def _delete(self, row: JobRow) -> None:
+        if row.state in ("queued", "running") or self._jobs.at_work(row.id):
+            raise JobError("The job is under way; abort it first.", job=row.id)
+        sites = self._sites_of(row.id)
+        self._store.delete_job(row.id)
+        shutil.rmtree(self._jobs.folder(row.id), ignore_errors=True)
+        self._desk.ring(sites)
+
+    async def follow(self, caller: Identity, request: Follow) -> AsyncIterator[JobEvent]:
+        """Yield a job's log."""
+        self._row(caller, Permission.LOGS, request.job)
+        after = request.after
+        while True:
+            state = (await asyncio.to_thread(self._store.job, request.job)).state
+            for line in await asyncio.to_thread(self._store.events, request.job, after):
+                after = line.number
+                yield JobEvent(line.number, line.time, line.kind, line.text)
+            if not request.wait or (state not in ("queued", "running") and not self._jobs.at_work(request.job)):
+                return
+            await asyncio.sleep(_FOLLOW_S)
+
+    def _sites(self, caller: Identity) -> SiteLines:
+        lines = []
+        for site in self.members():
+            try:
+                allowed(caller, Permission.SITES, sites=[site])
+            except AccessError:
+                continue
+            since, release, attends, doing = self._desk.seen(site)
+            connected = since is not None and (attends or since <= self._settings.lease_s)
+            lines.append(SiteLine(site, "connected" if connected else "gone", since, release, doing))
+        if not lines:
+            allowed(caller, Permission.SITES, sites=[caller.at_site or ""])
+        return SiteLines(lines)
+
+
+_FOLLOW_S = 0.25
+
+
+def _problem(path: Path, row: TaskRow) -> str | None:
+    """Return why the file at ``path`` is not the update that was asked for, or None."""
+    try:
+        header = wire.Spooled(path).header
+    except HansaError as error:
+        return error.message
+    if header.site != row.site or header.round != row.round:
+        return (
+            f"The update is of site {header.site!r}, round {header.round}; site {row.site!r}, round {row.round} is due."
+        )
+    return None
+
+
+def _line(row: JobRow) -> JobLine:
+    return JobLine(
+        row.id,
+        row.name,
+        row.submitter,
+        row.state,
+        row.rounds,
+        row.round,
+        row.error,
+        row.created,
+        row.started,
+        row.ended,
+    )
+
+
+def _said(task: TaskRow) -> str:
+    if task.state == "done":
+        return "ready"
+    if not task.answer:
+        return "asked"
+    said = msgspec.json.decode(task.answer, type=Missing)
+    return f"{said.kind}: {said.reason}"
