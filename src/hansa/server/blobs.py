@@ -174,7 +174,8 @@ class Bucket:
     def keep(self, key: str) -> None:
         """Sync the file, then put it into the store."""
         self._folder.keep(key)
-        self._put(f"kept/{key}", self.path(key))
+        with _reported(self.path(key)):
+            self._put(f"kept/{key}", self.path(key))
 
     def fetch(self, key: str) -> Path:
         """Get the file from the store if it is not in the folder."""
@@ -193,12 +194,14 @@ class Bucket:
     def mirror(self, key: str) -> None:
         """Put what changed since the last time, then the manifest, then delete what it no longer names."""
         place = f"mirrors/{_checked(key)}"
+        folder = self.path(key)
         stored = {name.rpartition("/")[2] for name in self._list(f"{place}/")} - {"manifest.json"}
         files: dict[str, tuple[str, int]] = {}
-        for path in _walk(self.path(key)):
-            entry = self._mirror_file(path, place, stored)
-            if entry is not None:
-                files[path.relative_to(self.path(key)).as_posix()] = entry
+        with _reported(folder):
+            for path in _walk(folder):
+                entry = self._mirror_file(path, place, stored)
+                if entry is not None:
+                    files[path.relative_to(folder).as_posix()] = entry
         self._put(f"{place}/manifest.json", msgspec.json.encode(_Manifest(FORMAT, files)))
         needed = {digest for digest, _ in files.values()}
         self._delete([f"{place}/{digest}" for digest in stored - needed])
@@ -290,14 +293,11 @@ class Bucket:
 
         try:
             yield
-        except FileNotFoundError as error:
-            if error.filename is not None:  # one of this disk, not of the store
-                raise
-            raise StorageError(f"The store {self._url} has no such file: {error}") from error
         except (exceptions.BaseError, OSError) as error:
             if isinstance(error, OSError) and error.filename is not None:
-                raise
-            raise StorageError(f"The store {self._url} could not do it: {error}") from error
+                raise  # of this disk, not of the store
+            cause = str(error).partition("\n")[0].partition(": <?xml")[0]
+            raise StorageError(f"The store {self._url} could not do it: {cause}") from error
 
 
 class _Manifest(msgspec.Struct):
@@ -354,5 +354,6 @@ def _reported(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"Can't keep {error.filename or path}: {error.strerror or error}. Free some space, or check the folder's owner."
+            f"Can't keep {error.filename or path}: {error.strerror or error}. "
+            "Free some space, or check whom the folder belongs to."
         ) from error

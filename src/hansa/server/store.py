@@ -375,6 +375,13 @@ class Store:
         with self._read() as connection:
             return [JobRow(**_values(row)) for row in connection.execute(query)]
 
+    def count_jobs(self) -> dict[str, int]:
+        """Return the number of jobs in each state."""
+        query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+        with self._read() as connection:
+            found = {str(state): int(count) for state, count in connection.execute(query)}
+        return {state: found.get(state, 0) for state in schema.JOB_STATES}
+
     def set_state(self, id: str, state: JobState, error: str = "") -> JobRow:
         """Move a job to another state and return it; moving it to where it stands changes nothing.
 
