@@ -30,7 +30,7 @@ from hansa.core import storage, wire
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Reply, SiteReport
-from hansa.core.tree import Tree
+from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan
 from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
 from hansa.runs.carrier import workflow_of
@@ -125,12 +125,11 @@ class Remote:
             SiteError: the site was not heard from, or could not.
         """
         async for row in self.answers(self.id, 0, "inspect", "", [site], None):
-            said = msgspec.json.decode(row.answer, type=Inspected | Missing) if row.answer else None
-            if isinstance(said, Inspected):
-                return SiteReport(site, said.counts, said.labels)
-            reason = said.reason if isinstance(said, Missing) else self._silence(site)
-            refused = isinstance(said, Missing) and said.kind == "refused"
-            raise (PolicyError if refused else SiteError)(reason, site=site)
+            if row.state == "done":
+                told = msgspec.json.decode(row.answer, type=Inspected)
+                return SiteReport(site, told.counts, told.labels)
+            said = msgspec.json.decode(row.answer, type=Missing)
+            raise (PolicyError if said.kind == "refused" else SiteError)(said.reason, site=site)
         raise AssertionError("every site that is asked is answered for")
 
     async def export(self, params: Tree, directory: Path) -> None:
@@ -152,7 +151,7 @@ class Remote:
     @property
     def peers(self) -> Peers:
         """There are none: :meth:`__aenter__` has refused what would need them."""
-        raise AssertionError("a workflow that needs peers was refused")
+        return _NoPeers()
 
     def update_path(self, task: str) -> Path:
         """Return where the update that answers ``task`` lies."""
@@ -231,6 +230,16 @@ class Remote:
         if since is None:
             return f"has never been heard from (the server waits {self.lease_s:g} s for a site)"
         return f"not heard from for {since:.0f} s (the server waits {self.lease_s:g} s for a site)"
+
+
+class _NoPeers:
+    """Mailboxes for workflows that have no use for them."""
+
+    async def send(self, sender: str, recipient: str, topic: str, parts: Parts) -> None:
+        raise AssertionError("a workflow that needs peers was refused")
+
+    async def receive(self, recipient: str, topic: str) -> Parts:
+        raise AssertionError("a workflow that needs peers was refused")
 
 
 class RemoteCohort:
