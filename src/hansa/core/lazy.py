@@ -148,7 +148,7 @@ def apply(operation: Callable[..., Any], *operands: Any) -> Leaf:
     assert len(shapes) == 1, f"leaves are combined element by element, not with shapes {shapes}"
 
     def read(start: int, stop: int, memo: Memo) -> Array:
-        got = (o.values(start, stop, memo) if isinstance(o, Leaf) else o for o in operands)
-        return cast(Array, operation(*got))
+        return cast(Array, operation(*(o.values(start, stop, memo) if isinstance(o, Leaf) else o for o in operands)))
 
-    return Leaf(shapes.pop(), read(0, 0, {}).dtype, read)
+    example = operation(*(np.empty(0, o.dtype) if isinstance(o, Leaf) else o for o in operands))
+    return Leaf(shapes.pop(), example.dtype, read)

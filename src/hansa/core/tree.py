@@ -236,7 +236,8 @@ def checked(tree: Tree, error: Callable[[str], Exception]) -> Tree:
             raise error(name)
         return values
 
-    return {name: typed(Array, apply(partial(check, name), leaf)) for name, leaf in leaves(tree).items()}
+    held: Mapping[str, Any] = leaves(tree)
+    return {n: tensor(apply(partial(check, n), a) if is_leaf(a) else check(n, a)) for n, a in held.items()}
 
 
 def widen(tree: Tree) -> dict[str, Array]:

@@ -91,7 +91,7 @@ def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> i
             dtype = trees.dtype_of(layout[part][name][0])
             for start, values in trees.blocks(leaf):
                 payload = np.ascontiguousarray(values, dtype).view(np.uint8).data
-                frame = _FRAME.pack(index, len(payload), start * leaf.itemsize, digest_of(payload))
+                frame = _FRAME.pack(index, len(payload), start * dtype.itemsize, digest_of(payload))
                 written += file.write(frame)
                 written += file.write(payload)
             index += 1
