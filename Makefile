@@ -6,12 +6,13 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format schema
+.PHONY: help setup quickstart test test-postgres check format schema
 
 help:
 	@echo "make setup       make .venv with everything that running and testing Hansa needs"
 	@echo "make quickstart  set up, then run the main job: hansa quickstart"
 	@echo "make test        set up, then run the tests"
+	@echo "make test-postgres  set up, then run the server's tests on a PostgreSQL of their own (Debian: postgresql)"
 	@echo "make check       set up, then run formatter, linter, strict type checker and import-linter"
 	@echo "make format      set up, then format and mend what the linter can"
 	@echo "make schema      set up, then write docs/job.schema.json from the job's model"
@@ -32,6 +33,9 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-postgres: setup
+	$(BIN)/python -m pytest -m postgres -rs tests/server
 
 check: setup
 	$(BIN)/ruff format --check .
