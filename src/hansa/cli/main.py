@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from hansa.cli import pki
+from hansa.cli import pki, server, site
 from hansa.errors import DEFECT, HansaError, InterruptedRunError
 
 app = typer.Typer(
@@ -196,6 +196,8 @@ def quickstart(
 
 app.command()(pki.provision)
 app.add_typer(pki.app)
+app.add_typer(server.app)
+app.add_typer(site.app)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Agent:
         self._directory = directory
         self._kit = Kit(directory)
         self._settings: SiteSettings = load(directory / "site.toml")
-        self._site = self._kit.identity.name
+        self.site = self._kit.identity.name
         self._jobs_folder = directory / "work" / "jobs"
         self._jobs: dict[str, JoinedJob] = {}
         self._doing: dict[str, asyncio.Task[None]] = {}
@@ -194,7 +194,7 @@ class Agent:
     def _joined(self, id: str) -> JoinedJob:
         if id not in self._jobs:
             folder = self._jobs_folder / id
-            self._jobs[id] = JoinedJob(id, self._site, self._kit, self._settings, folder)
+            self._jobs[id] = JoinedJob(id, self.site, self._kit, self._settings, folder)
         return self._jobs[id]
 
     async def _leave(self, id: str) -> None:
