@@ -46,11 +46,15 @@ class Compute:
     Args:
         job: the job with its files in place.
         directory: for what passes between the processes, and the worker's log.
+        threads: CPU threads of what it computes; the job's own by default, which the same bits need.
         environment: what is set in the worker's environment.
     """
 
-    def __init__(self, job: Job, directory: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, job: Job, directory: Path, threads: int | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._job = job
+        self._threads = threads or job.engine.threads
         self._directory = directory
         self._environment = environment
         self._files = itertools.count()
@@ -123,7 +127,7 @@ class Compute:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 worker = await self._ready()
-                answer = await worker.call(request(worker.ticket(), self._job.engine.threads))
+                answer = await worker.call(request(worker.ticket(), self._threads))
             except SiteError:
                 if attempt == _ATTEMPTS:
                     raise
@@ -140,7 +144,7 @@ class Compute:
             if worker is not None and worker.ready and worker.ending is None:
                 return worker
             ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-            worker = Worker(self._job.engine.threads, self._directory / "compute.log", environment=self._environment)
+            worker = Worker(self._threads, self._directory / "compute.log", environment=self._environment)
             self._worker = worker
             start = Start(self._job.to_json(), str(self._directory.absolute()))
             worker.serving = asyncio.create_task(worker.serve(start, ready.set_result))

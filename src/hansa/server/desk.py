@@ -110,6 +110,15 @@ class Desk:
             doing = [f"{item.task}: {item.phase} for {item.seconds:.0f} s" for _, item in entry.activities.values()]
             return since, entry.release, entry.streams > 0, doing
 
+    def connected(self, lease_s: float) -> int:
+        """Return how many sites attend or were heard from within the lease."""
+        now = time.monotonic()
+        with self._lock:
+            return sum(
+                site.streams > 0 or (site.heard is not None and now - site.heard <= lease_s)
+                for site in self._sites.values()
+            )
+
     def listen(self, job: str, callback: Callable[[], object] | None) -> None:
         """Have ``callback`` called, in the server's loop, whenever an answer for ``job`` is durable; None ends it."""
         with self._lock:

@@ -34,7 +34,10 @@ from hansa.core.values import Absence, Plan, RoundRecord
 from hansa.errors import HansaError, InterruptedRunError, StorageError
 from hansa.runs import carrier
 from hansa.runs.run import Run
+from hansa.server.blobs import Blobs
+from hansa.server.compute import Compute
 from hansa.server.desk import Desk
+from hansa.server.http import Metrics
 from hansa.server.remote import Remote
 from hansa.server.settings import ServerSettings
 from hansa.server.store import Store
@@ -55,8 +58,9 @@ class Jobs:
     Args:
         directory: the server's folder.
         settings: how many jobs at once, how long a site may be silent.
-        store: what is durable.
+        store, blobs: what is durable.
         desk: the doorbells.
+        metrics: what is counted.
         members: returns the names of the federation's sites.
     """
 
@@ -65,14 +69,18 @@ class Jobs:
         directory: Path,
         settings: ServerSettings,
         store: Store,
+        blobs: Blobs,
         desk: Desk,
+        metrics: Metrics,
         members: Callable[[], Sequence[str]],
     ) -> None:
         self.directory = directory / "jobs"
         self.directory.mkdir(parents=True, exist_ok=True)
         self._settings = settings
         self._store = store
+        self._blobs = blobs
         self._desk = desk
+        self._metrics = metrics
         self._members = members
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
@@ -81,12 +89,14 @@ class Jobs:
 
     async def run(self) -> None:
         """Carry out what is queued, and first what was running when the server ended, until cancelled."""
-        for row in self._store.jobs(state="running"):
-            self._start(row.id)
         known = {row.id for row in self._store.jobs()}
         for path in self.directory.iterdir():  # made for a submission that never became a job
             if path.name not in known:
                 shutil.rmtree(path, ignore_errors=True)
+        for row in self._store.jobs():
+            await asyncio.to_thread(self._blobs.restore, self.key(row.id))
+        for row in self._store.jobs(state="running"):
+            self._start(row.id)
         try:
             while True:
                 self._wake.clear()
@@ -123,6 +133,10 @@ class Jobs:
         """Return a job's folder."""
         return self.directory / id
 
+    def key(self, id: str) -> str:
+        """Return the name of a job's folder among the files that must survive."""
+        return f"jobs/{id}"
+
     def sites_of(self, id: str) -> list[str]:
         """Return the sites that take part in a job."""
         return sites_of(Run(self.folder(id)).job, self._members())
@@ -151,15 +165,17 @@ class Jobs:
         run = Run(self.folder(id))
         sites = sites_of(run.job, self._members())
         job = at_server(run.job, sites)
-        notes = _Notes(self._store, id)
+        notes = _Notes(self, self._store, self._blobs, self._metrics, id)
+        compute = self._settings.compute
 
         def engine(work: Path) -> Remote:
-            return Remote(id, job, work, sites, self._store, self._desk, self._settings.lease_s)
+            beside = Compute(job, work / "compute", compute.threads, compute.environment)
+            return Remote(id, job, work, sites, beside, self._store, self._blobs, self._desk, self._settings.lease_s)
 
         begun, pause = time.monotonic(), 1.0
         while True:
             try:
-                await carrier.carry_out(run, engine, notes, sinks=[notes])
+                await carrier.carry_out(run, engine, notes)
                 break
             except StorageError as error:
                 _LOG.warning("%s: %s", id, error.message)
@@ -168,6 +184,7 @@ class Jobs:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 30.0)
         await asyncio.to_thread(publish_results, run.directory)
+        await asyncio.to_thread(self._blobs.mirror, self.key(id))
 
     def settle(self, id: str, error: BaseException | None) -> None:
         """Write down how a job ended."""
@@ -233,10 +250,13 @@ class _Running:
 
 
 class _Notes:
-    """A job's progress, as lines in its log; and the sink that keeps the store's round up to date."""
+    """A job's progress, as lines in its log; what a round has left on disk is made to survive."""
 
-    def __init__(self, store: Store, id: str) -> None:
+    def __init__(self, jobs: Jobs, store: Store, blobs: Blobs, metrics: Metrics, id: str) -> None:
+        self._jobs = jobs
         self._store = store
+        self._blobs = blobs
+        self._metrics = metrics
         self._id = id
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
@@ -256,7 +276,10 @@ class _Notes:
             self._store.event(self._id, "absent", text)
 
     def round(self, record: RoundRecord) -> None:
-        """Note a finished round."""
+        """Note a finished round, which is on disk."""
+        self._blobs.mirror(self._jobs.key(self._id))
+        self._store.progressed(self._id, record.round, _size(self._jobs.folder(self._id)))
+        self._metrics.finished_round(record.seconds)
         metrics = ", ".join(f"{name} {number(value)}" for name, value in record.metrics.items())
         text = f"round {record.round}: {len(record.accepted)} of {len(record.asked)} sites, {metrics}"
         self._store.event(self._id, "round", text)
@@ -265,12 +288,13 @@ class _Notes:
         """Note it."""
         self._store.event(self._id, "note", text)
 
-    def write(self, record: RoundRecord) -> None:
-        """Keep the store's round up to date."""
-        self._store.progressed(self._id, record.round, 0)
 
-    def close(self) -> None:
-        """Nothing is open."""
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # updates come and go
+            total += path.stat().st_size
+    return total
 
 
 def sites_of(job: Job, members: Sequence[str]) -> list[str]:

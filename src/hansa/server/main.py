@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hansa.pki.kit import Kit
+from hansa.server.blobs import open_blobs
 from hansa.server.desk import Desk
+from hansa.server.http import Metrics, Watch
 from hansa.server.jobs import Jobs
-from hansa.server.service import Service
+from hansa.server.service import Service, members
 from hansa.server.settings import ServerSettings
 from hansa.server.store import Store
 from hansa.transport.server import serve
@@ -24,11 +27,13 @@ class Running:
 
     Attributes:
         host, port: where sites and users reach it.
+        http_port: where health and metrics are; None where the settings want none.
         jobs: the job queue; it ends only by being cancelled or by a defect.
     """
 
     host: str
     port: int
+    http_port: int | None
     jobs: asyncio.Task[None]
 
 
@@ -43,20 +48,27 @@ async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Ru
     """
     kit = Kit(directory)
     store = await asyncio.to_thread(Store.open, settings.database, directory)
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, store.close)
+        blobs = open_blobs(settings, directory)
         desk = Desk()
-        members: list[Service] = []
-        jobs = Jobs(directory, settings, store, desk, lambda: members[0].members())
-        service = Service(directory, kit, settings, store, desk, jobs)
-        members.append(service)
+        metrics = Metrics(lambda: Counter(row.state for row in store.jobs()), lambda: desk.connected(settings.lease_s))
+        jobs = Jobs(directory, settings, store, blobs, desk, metrics, lambda: members(kit))
+        service = Service(directory, kit, settings, store, blobs, desk, jobs, metrics)
         host, port = settings.listen_address
         server = await serve(service, kit, host, port)
+        stack.push_async_callback(server.stop, 1.0)
+        http_port = None
+        if settings.http_address is not None:
+            watch = Watch(metrics, {"database": store.ping, "files": blobs.ping})
+            await watch.start(*settings.http_address)
+            stack.push_async_callback(watch.stop)
+            http_port = watch.port
         queue = asyncio.create_task(jobs.run())
-        try:
-            yield Running(host, server.port, queue)
-        finally:
-            queue.cancel()
-            await asyncio.gather(queue, return_exceptions=True)
-            await server.stop(1.0)
-    finally:
-        await asyncio.to_thread(store.close)
+        stack.push_async_callback(_end, queue)
+        yield Running(host, server.port, http_port, queue)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -34,6 +34,7 @@ from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan
 from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
 from hansa.runs.carrier import workflow_of
+from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
 from hansa.server.desk import Desk
 from hansa.server.store import Store, TaskKind, TaskRow
@@ -54,7 +55,8 @@ class Remote:
         job: the job, its files in place, as the server's own worker runs it.
         directory: the job's folder for plans, updates, and what passes to the worker.
         sites: who takes part.
-        store: what is durable.
+        compute: the worker beside the server, not yet entered.
+        store, blobs: what is durable.
         desk: the doorbells.
         lease_s: how long a site may be silent.
     """
@@ -62,7 +64,16 @@ class Remote:
     needs_all = False
 
     def __init__(
-        self, id: str, job: Job, directory: Path, sites: Sequence[str], store: Store, desk: Desk, lease_s: float
+        self,
+        id: str,
+        job: Job,
+        directory: Path,
+        sites: Sequence[str],
+        compute: Compute,
+        store: Store,
+        blobs: Blobs,
+        desk: Desk,
+        lease_s: float,
     ) -> None:
         self.id = id
         self.job = job
@@ -73,7 +84,8 @@ class Remote:
         self._directory = directory
         self._plans = directory / "plans"
         self._updates = directory / "updates"
-        self._compute = Compute(job, directory / "compute")
+        self._compute = compute
+        self._blobs = blobs
         self._news = asyncio.Event()
 
     async def __aenter__(self) -> Remote:
@@ -110,7 +122,7 @@ class Remote:
         """Delete updates that no task names: they were left over by a crash."""
         known = self.store.updates(self.id)
         for path in self._updates.iterdir():
-            if path.suffix == ".hansa" and path.stem not in known:
+            if path.suffix == ".hansa" and update_key(self.id, path.stem) not in known:
                 path.unlink()
 
     async def initial(self) -> Tree:
@@ -153,9 +165,9 @@ class Remote:
         """There are none: :meth:`__aenter__` has refused what would need them."""
         return _NoPeers()
 
-    def update_path(self, task: str) -> Path:
-        """Return where the update that answers ``task`` lies."""
-        return self._updates / f"{task}.hansa"
+    def kept(self, key: str) -> Kept:
+        """Return an accepted update, from wherever it is kept."""
+        return Kept(self._blobs.fetch(key))
 
     def publish(self, plan: Plan) -> str:
         """Put a plan where sites can fetch it, and return the address of its manifest.
@@ -168,7 +180,7 @@ class Remote:
             with temporary.open("wb") as file:
                 wire.write_plan(file, plan)
             manifest = describe(temporary, wire.cuts(temporary))
-            storage.write_atomic(self._plans / f"{manifest.digest}.manifest", manifest.encode())
+            (self._plans / f"{manifest.digest}.manifest").write_bytes(manifest.encode())
             temporary.replace(self._plans / f"{manifest.digest}.hansa")
         except OSError as error:
             raise storage.full(temporary, error) from error
@@ -179,7 +191,7 @@ class Remote:
     def forget(self, course: str, before: int) -> None:
         """Free the updates of rounds before ``before``, and the plans that nobody is asked for any more."""
         for key in self.store.forget(self.id, course, before):
-            self.update_path(key).unlink(missing_ok=True)
+            self._blobs.delete(key)
         wanted = {row.plan for row in self.store.tasks(self.id) if row.state in ("open", "late", "done")}
         for path in self._plans.glob("*.hansa"):
             if path.stem not in wanted:
@@ -264,7 +276,7 @@ class RemoteCohort:
     def _reply(self, row: TaskRow, plan: Plan) -> Reply:
         if row.state == "done":
             try:
-                handle = Kept(self._engine.update_path(row.update))
+                handle = self._engine.kept(row.update)
             except HansaError as error:
                 return Absence(row.site, "rejected", error.message)
             seconds = handle.header.seconds
@@ -279,7 +291,7 @@ class RemoteCohort:
     def late(self, round: int) -> Sequence[Handle]:
         """Return the updates that came after their deadline and that ``round`` is to use."""
         rows = self._engine.store.overdue(self._engine.id, self._course.name, round)
-        return [Kept(self._engine.update_path(row.update)) for row in rows]
+        return [self._engine.kept(row.update) for row in rows]
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""
@@ -291,6 +303,11 @@ class Kept(wire.Spooled):
 
     def release(self) -> None:
         """Leave the file: :meth:`Remote.forget` frees it."""
+
+
+def update_key(job: str, task: str) -> str:
+    """Return the name, among the files that must survive, of the update that answers ``task``."""
+    return f"jobs/{job}/work/updates/{task}.hansa"
 
 
 def manifest_of(path: Path) -> Manifest:

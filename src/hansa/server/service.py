@@ -27,9 +27,11 @@ from hansa.pki.identity import Identity, Role
 from hansa.pki.kit import Kit
 from hansa.pki.roles import Permission, allowed
 from hansa.runs.run import Run, create
+from hansa.server.blobs import Blobs
 from hansa.server.desk import Desk
+from hansa.server.http import Metrics
 from hansa.server.jobs import Jobs, results_of
-from hansa.server.remote import manifest_of
+from hansa.server.remote import manifest_of, update_key
 from hansa.server.settings import ServerSettings
 from hansa.server.store import JobRow, Store, TaskRow
 from hansa.transport.messages import (
@@ -82,30 +84,48 @@ class Service:
         directory: the server's folder.
         kit: who the server is, and the federation's roster.
         settings: what it allows.
-        store, desk, jobs: what is durable, what is known now, what is at work.
+        store, blobs: what is durable.
+        desk, jobs: what is known now, what is at work.
+        metrics: what is counted.
     """
 
     def __init__(
-        self, directory: Path, kit: Kit, settings: ServerSettings, store: Store, desk: Desk, jobs: Jobs
+        self,
+        directory: Path,
+        kit: Kit,
+        settings: ServerSettings,
+        store: Store,
+        blobs: Blobs,
+        desk: Desk,
+        jobs: Jobs,
+        metrics: Metrics,
     ) -> None:
         self._incoming = directory / "incoming"
         self._incoming.mkdir(exist_ok=True)
         self._kit = kit
         self._settings = settings
         self._store = store
+        self._blobs = blobs
         self._desk = desk
         self._jobs = jobs
+        self._metrics = metrics
         self._noted: dict[str, float] = {}
         self._submitting = asyncio.Lock()
 
     async def call(self, caller: Identity, request: Message) -> Message:
         """Answer a request."""
+        begun = time.perf_counter()
+        outcome = "ok"
         try:
             reply = await self._answer(caller, request)
         except HansaError as error:
+            outcome = type(error).__name__
             if isinstance(error, AccessError) or type(request) in _AUDITED:
                 await self._audit(caller, request, "refused", error.message)
             raise
+        finally:
+            if not isinstance(request, Poll):
+                self._metrics.called(type(request).__name__, outcome, time.perf_counter() - begun)
         if type(request) in _AUDITED:
             await self._audit(caller, request, "done", getattr(reply, "job", ""))
         return reply
@@ -211,6 +231,7 @@ class Service:
                 path = self._plan_path(row.job, row.plan)
                 if path.exists() and path.stat().st_size <= INLINE_BYTES:
                     inline = path.read_bytes()
+                    self._metrics.sent(len(inline))
                     room -= len(inline)
             bundle = self._store.job(row.job).bundle
             assignments.append(Assignment(row.task, row.job, bundle, row.kind, row.course, row.round, row.plan, inline))
@@ -224,9 +245,6 @@ class Service:
 
     def _plan_path(self, job: str, plan: str) -> Path:
         return self._jobs.folder(job) / "work" / "plans" / f"{plan}.hansa"
-
-    def _update_path(self, row: TaskRow) -> Path:
-        return self._jobs.folder(row.job) / "work" / "updates" / f"{row.task}.hansa"
 
     def _task(self, site: str, job: str, task: str) -> TaskRow:
         row = self._store.task(task)
@@ -246,13 +264,18 @@ class Service:
             state = "missing" if said.missing is not None else "done"
             text = msgspec.json.encode(said.missing if said.missing is not None else said.inspected)
             self._store.answer(row.task, site, state, text)  # type: ignore[arg-type]
+            self._metrics.answered("inspected" if said.missing is None else said.missing.kind)
             return row.job
-        path = self._update_path(row)
+        key = update_key(row.job, row.task)
+        path = self._blobs.path(key)
         if said.inline is not None:
             storage.write_atomic(path, said.inline)
+            self._metrics.received(len(said.inline))
         problem = _problem(path, row)
         if problem is None:
-            self._store.answer(row.task, site, "done", b"", row.task)
+            self._blobs.keep(key)
+            self._store.answer(row.task, site, "done", b"", key)
+            self._metrics.answered("update")
         else:
             path.unlink(missing_ok=True)
             self._store.answer(row.task, site, "missing", msgspec.json.encode(Missing("rejected", problem[:4096])))
@@ -263,7 +286,11 @@ class Service:
 
     async def source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
         """Return a file that belongs to a job: its bundle and plans for its sites, its results for its owner."""
-        return await asyncio.to_thread(self._source, caller, request)
+        path, manifest = await asyncio.to_thread(self._source, caller, request)
+        if request.ranges is not None:
+            lengths = [length for length, _ in manifest.pieces]
+            self._metrics.sent(sum(sum(lengths[begin:end]) for begin, end in request.ranges))
+        return path, manifest
 
     def _source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
         row = self._store.job(request.job)
@@ -301,7 +328,7 @@ class Service:
             row = self._task(caller.name, offer.job, offer.task)
             if row.state not in ("open", "late"):
                 return None
-            path = self._update_path(row)
+            path = self._blobs.path(update_key(row.job, row.task))
         if path.exists():
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,6 +340,7 @@ class Service:
             path = incoming.path.with_suffix(".manifest")
             await asyncio.to_thread(storage.write_atomic, path, incoming.manifest.encode())
         else:
+            self._metrics.received(incoming.manifest.num_bytes)
             await self._heard(caller)
 
     def _bundle_path(self, caller: Identity, digest: str) -> Path:
@@ -333,11 +361,11 @@ class Service:
         age = (datetime.now(UTC) - bundle.created).total_seconds()
         if abs(age) > FRESH_S:
             raise AccessError(f"The bundle was signed {age:.0f} s ago; sign it anew and submit it at once.")
-        members = self.members()
-        unknown = sorted(set(bundle.job.cohort.sites or ()) - set(members))
+        known = members(self._kit)
+        unknown = sorted(set(bundle.job.cohort.sites or ()) - set(known))
         if unknown:
-            raise JobError(f"cohort.sites names {unknown[0]!r}; the federation's sites are: {', '.join(members)}.")
-        if not members:
+            raise JobError(f"cohort.sites names {unknown[0]!r}; the federation's sites are: {', '.join(known)}.")
+        if not known:
             raise JobError("The federation has no sites yet.")
         folder = self._jobs.directory
         output = bundle.job.output.model_copy(update={"dir": str(folder)})
@@ -350,6 +378,7 @@ class Service:
             path.replace(directory / "bundle.zip")
             path.with_suffix(".manifest").replace(directory / "bundle.manifest")
             quota = self._settings.quota
+            self._blobs.mirror(self._jobs.key(directory.name))
             return self._store.add_job(
                 directory.name,
                 job.name,
@@ -364,11 +393,6 @@ class Service:
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-
-    def members(self) -> list[str]:
-        """Return the names of the federation's sites."""
-        prefix = f"{Role.SITE.value}/"
-        return sorted(name.removeprefix(prefix) for name in self._kit.roster().members if name.startswith(prefix))
 
     def _row(self, caller: Identity, permission: Permission, id: str) -> JobRow:
         row = self._store.job(id)
@@ -409,7 +433,7 @@ class Service:
             raise JobError("The job is under way; abort it first.", job=row.id)
         sites = self._sites_of(row.id)
         self._store.delete_job(row.id)
-        shutil.rmtree(self._jobs.folder(row.id), ignore_errors=True)
+        self._blobs.delete(self._jobs.key(row.id))
         self._desk.ring(sites)
 
     async def follow(self, caller: Identity, request: Follow) -> AsyncIterator[JobEvent]:
@@ -427,7 +451,7 @@ class Service:
 
     def _sites(self, caller: Identity) -> SiteLines:
         lines = []
-        for site in self.members():
+        for site in members(self._kit):
             try:
                 allowed(caller, Permission.SITES, sites=[site])
             except AccessError:
@@ -441,6 +465,12 @@ class Service:
 
 
 _FOLLOW_S = 0.25
+
+
+def members(kit: Kit) -> list[str]:
+    """Return the names of the federation's sites."""
+    prefix = f"{Role.SITE.value}/"
+    return sorted(name.removeprefix(prefix) for name in kit.roster().members if name.startswith(prefix))
 
 
 def _problem(path: Path, row: TaskRow) -> str | None:

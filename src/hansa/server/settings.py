@@ -98,7 +98,7 @@ class ServerSettings(Section):
         None, description="s3://BUCKET/PREFIX, which then also holds all files of jobs; this folder only by default."
     )
     s3: S3 = S3()
-    lease_s: Annotated[float, Field(ge=1)] = Field(60.0, description="A site silent for so many seconds is gone.")
+    lease_s: Annotated[float, Field(ge=1)] = Field(300.0, description="A site silent for so many seconds is gone.")
     max_running_jobs: Annotated[int, Field(gt=0)] = Field(4, description="Jobs at work at a time; others queue.")
     max_model_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="The largest model of a job.")
     quota: Quota = Quota()

@@ -67,6 +67,11 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000
 _ADVISORY_LOCK = 0x68616E7361  # "hansa"
 _LONGEST = 4096
+_LOCK_ATTEMPTS = 10
+_LOCK_PAUSE_S = 0.2
+
+# So that PostgreSQL soon notices a server whose machine is gone, and frees its lock (no effect on local sockets).
+_KEEPALIVE = sa.text("SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 4")
 
 
 @dataclass(frozen=True)
@@ -261,11 +266,7 @@ class Store:
                     if verdict != "ok":
                         raise StorageError(f"The database {self._name} is damaged: {verdict}. Restore a copy of it.")
             else:
-                session = self._held.enter_context(self._engine.connect())
-                free = session.execute(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))).scalar_one()
-                session.commit()
-                if not free:
-                    raise StorageError(f"Another server is at work on the database {self._name}.")
+                self._held.enter_context(_advisory_lock(self._engine, self._name))
             with self._writer.begin() as connection:
                 _migrate(connection, self._name)
                 self._token = secrets.token_hex(16)
@@ -658,6 +659,25 @@ def _locked(path: Path) -> Iterator[TextIO]:
         raise StorageError(f"Another server is at work in {path.parent} (it holds {path.name}).") from None
     except OSError as error:
         raise StorageError(f"Can't lock {path}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def _advisory_lock(engine: Engine, name: str) -> Iterator[None]:
+    """Hold PostgreSQL's lock in a session of its own, which ends with the process."""
+    with engine.connect() as session:
+        session.execute(_KEEPALIVE)
+        attempt = sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))
+        for _ in range(_LOCK_ATTEMPTS):  # a server killed just now may not have been noticed yet
+            if session.execute(attempt).scalar_one():
+                break
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            raise StorageError(f"Another server is at work on the database {name}.")
+        session.commit()
+        try:
+            yield
+        finally:
+            session.invalidate()  # not back to the pool: the lock goes with the session
 
 
 def _revision(connection: Connection) -> str | None:
