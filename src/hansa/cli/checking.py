@@ -108,6 +108,7 @@ async def _find(job: Job, folder: Path) -> Findings:
 def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -> Costs:
     """Compute what a round sends and what the server keeps, by taking an update of zeros through the filters."""
     strategy, chosen = course.pieces()
+    initial = trees.lazily(initial)
     model = Model.start(initial)
     state = strategy.init(model)
     sent = strategy.sent(state)

@@ -7,6 +7,7 @@ in the form of a checkpoint, and mapped. So memory is a few blocks, and a checkp
 | case | result |
 |---|---|
 | a tree of at most ``trees.LARGE`` bytes | in memory, no file |
+| a tree whose tensors are arrays already, mapped or not | stays as it is, no file |
 | the disk is full | StorageError; no file is left, and the model before is as it was |
 | no folder is given | mapped all the same, from files that have no name any more |
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,12 +80,12 @@ def settle(model: Model, state: Parts, directory: Path | None = None) -> Settled
         folder = directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hansa-model-")))
         files = {}
         try:
-            if trees.num_bytes(model.params) > trees.LARGE:
+            if _is_to_compute([model.params]):
                 files[MODEL] = _fresh(folder / MODEL)
                 storage.save_tree(files[MODEL], model.params)
                 mapped = storage.load_tree(files[MODEL])
                 model = replace(model, params={name: mapped[name] for name in model.params})
-            if sum(map(trees.num_bytes, state.values())) > trees.LARGE:
+            if _is_to_compute(state.values()):
                 files[STATE] = _fresh(folder / STATE)
                 save_state(files[STATE], state)
                 _, state = wire.open_parts(files[STATE])
@@ -119,7 +120,12 @@ def _lazily(parts: Parts) -> Parts:
     return {part: trees.lazily(tree) for part, tree in parts.items()}
 
 
+def _is_to_compute(found: Iterable[Tree]) -> bool:
+    """Say whether the trees are large and not all there already."""
+    held = [trees.arrays(tree) for tree in found]
+    return sum(map(trees.num_bytes, held)) > trees.LARGE and any(isinstance(tree, trees.Lazy) for tree in held)
+
+
 def _whole(tree: Tree) -> Tree:
-    if isinstance(tree, trees.Lazy):
-        return tree
-    return {name: np.asarray(leaf) for name, leaf in tree.items()}
+    """Return ``tree`` with arrays for leaves; those of a file stay there."""
+    return tree if isinstance(tree, trees.Lazy) else {name: np.asarray(leaf) for name, leaf in tree.items()}

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hansa.core import settle
 from hansa.core.config import Choice, CohortSection, EvaluationSection, Job
 from hansa.core.ports import EVERYONE
 from hansa.core.tree import Tree
@@ -116,10 +117,9 @@ class Baselines:
         )
         course = Course(name, (site,), PLAIN)
         strategy, _ = course.pieces()
-        model = Model.start(self.start)
-        start = Snapshot(0, model, strategy.init(model))
         scratch = self.scratch / name
         scratch.mkdir(parents=True, exist_ok=True)
+        start = Snapshot(0, *settle.start(strategy, self.start, scratch))
         cohort = self.engine.cohort(course)
         async for record in scatter_gather(job, strategy, cohort, start, scratch, judges=self.engine.sites):
             progress.advance(f"{name}: round {record.round} of {rounds}")

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 
 import hansa.version
 from hansa import registry
-from hansa.core import storage
+from hansa.core import settle, storage
 from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Piece, Trait, check_fit
 from hansa.core.ports import Cohort, SiteReport
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
-from hansa.core.values import Model, RoundRecord, Snapshot
+from hansa.core.values import RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import DataError, HansaError, MissingExtraError
 from hansa.runs import run as runs
@@ -134,8 +134,7 @@ class _Carrier:
     async def _train(self, strategy: Strategy, initial: Tree) -> Snapshot:
         start = self._checkpoints.load()
         if start is None:
-            model = Model.start(initial)
-            start = Snapshot(0, model, strategy.init(model))
+            start = Snapshot(0, *settle.start(strategy, initial, self._work))
         else:
             self._progress.say(f"Going on after round {start.round}.")
         self._checkpoints.forget_after(start.round)
