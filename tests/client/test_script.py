@@ -33,6 +33,8 @@ pytestmark = pytest.mark.timeout(90)
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_script" / "job.toml"
 
+TASK = {"type": "task", "task": "train", "job": "j", "round": 1, "rounds": 2, "meta": {}, "correction": None}
+
 GOOD = """
 import hansa.client as flare
 import os, sys
@@ -330,11 +332,10 @@ def test_tensors_and_arrays(tensors):
 
     ours, theirs = socket.socketpair()
     host = Link(ours)
-    session = api._Session(Link(theirs), {"site": "a", "job": "j"}, tensors)
+    session = api.Session(Link(theirs), {"site": "a"}, tensors)
     sent = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(3, np.int64), "e": np.zeros((0, 2))}
     big = {"big": np.random.default_rng(0).standard_normal(3_000_000, np.float32)}
-    message = {"type": "task", "task": "train", "round": 1, "rounds": 2, "meta": {}}
-    sender = threading.Thread(target=host.send, args=(message, {**sent, **big}))
+    sender = threading.Thread(target=host.send, args=(TASK, {"params": {**sent, **big}}))
     sender.start()
     received = session.receive()
     sender.join()
@@ -345,9 +346,10 @@ def test_tensors_and_arrays(tensors):
     )
     sender = threading.Thread(target=session.send, args=(model,))
     sender.start()
-    answer, back = host.receive()
+    answer, parts = host.receive()
     sender.join()
-    assert answer == {"type": "result", "params_type": "FULL", "metrics": {"x": 2.0}, "meta": {}}
+    assert answer == {"type": "result", "params_type": "FULL", "metrics": {"x": 2.0}, "meta": {}, "steps": None}
+    back = parts["params"]
     assert back["half"].dtype.name == "bfloat16"
     for name, leaf in {**sent, **big}.items():
         assert back[name].dtype == leaf.dtype
@@ -363,8 +365,8 @@ def test_tensors_and_arrays(tensors):
 
 def test_optimizer_params_do_not_leave(recwarn):
     ours, theirs = socket.socketpair()
-    host, session = Link(ours), api._Session(Link(theirs), {"site": "a", "job": "j"}, "numpy")
-    host.send({"type": "task", "task": "train", "round": 1, "rounds": 1, "meta": {}}, {})
+    host, session = Link(ours), api.Session(Link(theirs), {"site": "a"}, "numpy")
+    host.send(TASK, {"params": {}})
     session.receive()
     session.send(flare.FLModel(params={}, optimizer_params={"m": 1}))
     assert "stay at the site" in str(recwarn.pop(UserWarning).message)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The local socket between a user's script and the program that started it.
+"""The local socket between a user's script and the program that runs the federation at its site.
 
-    script ── hello {protocol, token} ──> host ── welcome {site, job} ──> script
-    host ── task {task, round, rounds, meta} + parameters ──> script ── result {params_type, metrics, meta} + parameters
+    script ── hello {protocol, token} ──> host ── welcome {site} ──> script
+    host ── task {task, job, round, rounds, meta, correction} + parameters, context ──> script
+    script ── log {key, value, ...} ──> host                       at any time
+    script ── result {params_type, metrics, meta, steps} + parameters ──> host
     host ── end ──> script
 
 A message is JSON after its length (u32, little-endian); tensors follow it as one wire value, in blocks after
@@ -11,24 +13,32 @@ their lengths, the last block empty. Nothing is pickled, and nothing listens out
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import socket
 import struct
 from collections.abc import Mapping
 from typing import IO, Any, BinaryIO, cast
 
 from hansa.core import wire
-from hansa.core.tree import Array, Tree
+from hansa.core.tree import Array, Parts
 from hansa.errors import WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 SOCKET_VARIABLE = "HANSA_SOCKET"
 TOKEN_VARIABLE = "HANSA_TOKEN"
+ATTACH_VARIABLE = "HANSA_ATTACH"
+"""Where a process that was started by hand finds a job: the folder of the socket and of the token."""
+SOCKET_FILE = "socket"
+TOKEN_FILE = "token"
+PARAMS = "params"
+"""The part of a message that holds parameters; the others are a strategy's context."""
 
 _LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_BYTES = 16 << 20
 _BUFFER_BYTES = 1 << 20
-_PARAMS = "params"
+_PARTS = "parts"
 
 
 class _Blocks:
@@ -77,18 +87,18 @@ class Link:
         self._input = cast(IO[bytes], connection.makefile("rb", _BUFFER_BYTES))
         self._output = cast(IO[bytes], connection.makefile("wb", _BUFFER_BYTES))
 
-    def send(self, message: Mapping[str, Any], params: Tree | None = None) -> None:
-        """Send ``message``, and ``params`` after it if they are given."""
-        body = json.dumps({**message, _PARAMS: params is not None}).encode()
+    def send(self, message: Mapping[str, Any], parts: Parts | None = None) -> None:
+        """Send ``message``, and trees after it if they are given."""
+        body = json.dumps({**message, _PARTS: parts is not None}).encode()
         self._output.write(_LENGTH.pack(len(body)) + body)
-        if params is not None:
+        if parts is not None:
             blocks = _Blocks(self._output)
-            wire.write(cast(BinaryIO, blocks), "parameters", {}, {_PARAMS: params})
+            wire.write(cast(BinaryIO, blocks), "parameters", {}, parts)
             blocks.end()
         self._output.flush()
 
-    def receive(self) -> tuple[dict[str, Any], dict[str, Array] | None]:
-        """Return the next message and the parameters that came with it.
+    def receive(self) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
+        """Return the next message and the trees that came with it.
 
         Raises:
             WireError: what came is no message.
@@ -104,16 +114,30 @@ class Link:
             raise WireError(f"What came over the local socket is no message: {error}.") from None
         if not isinstance(message, dict):
             raise WireError("What came over the local socket is no message.")
-        if not message.pop(_PARAMS, False):
-            return message, None
+        if not message.pop(_PARTS, False):
+            return message, {}
         blocks = cast(BinaryIO, _Blocks(self._input))
-        return message, wire.read_parts(blocks, wire.read_envelope(blocks))[_PARAMS]
+        return message, wire.read_parts(blocks, wire.read_envelope(blocks))
+
+    def ready(self, timeout: float) -> bool:
+        """Wait up to ``timeout`` seconds for a message, or for the end; say whether :meth:`receive` has one."""
+        self._limit(max(timeout, 1e-6))
+        try:
+            waiting = self._input.peek(1)  # type: ignore[attr-defined]  # select() does not see what is buffered
+        finally:
+            self._limit(0)
+        return bool(waiting) or bool(select.select([self.connection], [], [], 0)[0])
+
+    def _limit(self, seconds: float) -> None:
+        whole = int(seconds)
+        value = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
     def close(self) -> None:
-        """Close this end, whatever is still buffered."""
+        """Close this end, whatever is still buffered; a thread that reads from it sees the end."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
         for end in (self._input, self.connection):
             end.close()
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self._output.close()
-        except (OSError, ValueError):
-            return

@@ -17,34 +17,32 @@ through :mod:`hansa.client`. What it prints goes to the run's ``sites.log``. Its
 | an integer buffer | taken from a FULL model if it comes as integers; never averaged |
 | ``is_evaluate()`` | asked for at ``evaluation.every``; what the script sends as metrics is used, parameters are not |
 | it sends no metrics | there are none; nothing else changes |
+| a strategy that acts on steps (FedProx, SCAFFOLD) | needs ``steps = "prepared"``; else refused by the fit check |
+| under it, the script sends an update without ``prepare`` or ``patch`` | no update from the site in this round |
+| ``launch = ["-m", "torch.distributed.run", ...]`` | several processes; rank 0 talks |
+| ``attached = true`` | nothing is started: a process that the owner runs by hand finds the job in |
+| | ``attach/SITE`` (``attach`` is a folder; by default what HANSA_ATTACH_DIR names) |
 """
 
 from __future__ import annotations
 
-import collections
+import functools
 import importlib.util
+import json
 import logging
 import os
-import secrets
-import select
-import shlex
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from hansa import registry
-from hansa.client.link import PROTOCOL, SOCKET_VARIABLE, TOKEN_VARIABLE, Link
+from hansa.client.host import Attached, ReturnedError, Started
+from hansa.client.link import PARAMS
 from hansa.core import rng, storage
 from hansa.core import tree as trees
 from hansa.core.config import Job
@@ -58,10 +56,9 @@ from hansa.errors import DataError, HansaError, JobError, ModelError, SiteError,
 PATIENCE = 5
 """How many of the cohort's deadlines a script may take for an answer, if the job gives no ``timeout_s``."""
 
+ATTACH_DIR_VARIABLE = "HANSA_ATTACH_DIR"
+
 _LOG = logging.getLogger("hansa.script")
-_POLL_S = 0.05
-_END_S = 15.0
-_TAIL_LINES = 12
 _COUNT = "{}.count"
 
 
@@ -76,6 +73,10 @@ class Options:
         python: the interpreter that runs it (hansa has to be installed there); this one by default.
         env: what is set in its environment beside this process's own.
         timeout_s: seconds that it may take for one answer.
+        steps: "own", or "prepared" if the script takes its steps through ``prepare`` or ``patch``.
+        launch: what stands between the interpreter and the script, e.g. the module ``torch.distributed.run``.
+        attached: whether the site's owner starts the process, instead of Hansa.
+        attach: the folder in which attached processes look, one folder a site in it.
     """
 
     path: str
@@ -84,6 +85,10 @@ class Options:
     python: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
+    steps: Literal["own", "prepared"] = "own"
+    launch: list[str] = field(default_factory=list)
+    attached: bool = False
+    attach: str | None = None
 
 
 def build(job: Job) -> Script:
@@ -109,9 +114,10 @@ class Script:
             raise JobError(f"recipe.timeout_s must be above 0, it is {options.timeout_s}.")
         self._files = _site_files(job)
         self.sites: Sequence[str] = _site_names(options, self._files)
-        self.traits = frozenset({Trait.OPAQUE_STEPS, Trait.STEPWISE})
+        unseen = {Trait.OPAQUE_STEPS} if options.steps == "own" else set()
+        self.traits = frozenset({Trait.STEPWISE, *unseen})
         self._weights: dict[str, float] = {}
-        self._processes: dict[tuple[str, str], _Process] = {}
+        self._processes: dict[tuple[str, str], Started | Attached] = {}
 
     def initial(self) -> Tree:
         """Return what ``model.factory`` gives.
@@ -141,18 +147,24 @@ class Script:
 
     def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
         """Let the site's script train from ``plan.params``."""
-        assert correction is None, "the fit check refuses strategies that act on steps"
-        answer, params = self._exchange(site, plan, "train")
+        answer, params = self._exchange(site, plan, "train", correction)
         if params is None:
             raise SiteError("The script sent no parameters: give FLModel(params=...) to send().", site=site)
+        told = answer["steps"]
+        if correction is not None and not (told and told["count"]):
+            raise SiteError(
+                f"The strategy {self._job.strategy.name!r} changes every local step, and this script took its steps "
+                "out of sight. Call hansa.client.prepare(model, optimizer, loader) or patch(trainer) in it.",
+                site=site,
+            )
+        told = told or {}
         trained = _trained(plan.params, params, answer["params_type"], site)
-        meta = answer["meta"]
-        weight = meta.get("num_examples", meta.get("NUM_STEPS_CURRENT_ROUND", 1.0))
+        weight = _weight(answer)
         if not 0 < weight < float("inf"):
             raise SiteError(f"The script's weight (in meta) is {weight}; it must be above 0.", site=site)
         self._weights[site] = weight
-        count = max(1, int(meta.get("NUM_STEPS_CURRENT_ROUND", 1)))
-        return Work(trained, weight, Steps(count, 0.0), _sums(answer["metrics"], weight))
+        count = told.get("count") or max(1, int(answer["meta"].get("NUM_STEPS_CURRENT_ROUND", 1)))
+        return Work(trained, weight, Steps(count, told.get("lr_sum", 0.0)), _sums(answer["metrics"], weight))
 
     def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
         """Return the metrics that the script gives for the received model, times the site's weight."""
@@ -179,16 +191,20 @@ class Script:
         self._processes.clear()
         if processes:
             with ThreadPoolExecutor(len(processes)) as pool:
-                list(pool.map(_Process.end, processes))
+                list(pool.map(lambda process: process.end(), processes))
 
-    def _exchange(self, site: str, plan: Plan, task: Task) -> tuple[dict[str, Any], dict[str, Array] | None]:
+    def _exchange(
+        self, site: str, plan: Plan, task: Task, correction: Correction | None = None
+    ) -> tuple[dict[str, Any], dict[str, Array] | None]:
         if site == EVERYONE:
             raise JobError("A script trains on its own site's data only, so there is no central baseline.")
         deadline = self._job.cohort.deadline_s
         limit = self._options.timeout_s or (PATIENCE * deadline if deadline else None)
+        strategy = self._job.strategy
         message = {
             "type": "task",
             "task": task,
+            "job": plan.job,
             "round": plan.round,
             "rounds": self._job.rounds,
             "meta": {
@@ -196,35 +212,49 @@ class Script:
                 "seed": rng.derive(plan.seed, "script", plan.round, site) & 0xFFFFFFFF,
                 "train": self._job.train.model_dump(mode="json"),
             },
+            "correction": {"name": strategy.name, "options": strategy.options} if correction is not None else None,
         }
+        parts = {PARAMS: plan.params, **(correction.context if correction is not None else {})}
         key = self._key(site, plan.job, task)
         process = self._processes.get(key)
         try:
             if process is not None and process.running:
                 try:
-                    return process.exchange(message, plan.params, limit)
-                except _ReturnedError:
-                    process.kill()
-            elif process is not None:
-                process.kill()
-            self._processes[key] = process = self._start(site, plan.job)
-            return process.exchange(message, plan.params, limit)
-        except BaseException as error:
+                    return _answer(process.exchange(message, parts, limit), site)
+                except ReturnedError:
+                    _LOG.info("%s: the script has returned and is started anew", site)
             if process is not None:
                 process.kill()
-            self._processes.pop(key, None)
-            if isinstance(error, OSError):
-                raise SiteError(f"The local socket to the script failed: {error}.", site=site) from error
-            raise
+            self._processes[key] = process = self._open(site)
+            return _answer(process.exchange(message, parts, limit), site)
+        except OSError as error:
+            raise SiteError(f"The local socket to the script failed: {error}.", site=site) from error
+        finally:
+            if process is not None and not process.running:
+                self._processes.pop(key, None)
 
     def _key(self, site: str, course: str, task: Task) -> tuple[str, str]:
-        """Return whose process takes the task: the course's own, or for an evaluation any of the site's."""
+        """Return whose process takes the task: the course's own, or for an evaluation any of the site's.
+
+        An attached process takes all of its site's.
+        """
         key = (course, site)
-        if task == "evaluate" and key not in self._processes:
+        if (task == "evaluate" and key not in self._processes) or self._options.attached:
             return next((other for other in self._processes if other[1] == site), key)
         return key
 
-    def _start(self, site: str, course: str) -> _Process:
+    def _open(self, site: str) -> Started | Attached:
+        if not self._options.attached:
+            return self._start(site)
+        folder = self._options.attach or os.environ.get(ATTACH_DIR_VARIABLE)
+        if not folder:
+            raise JobError(
+                "recipe.attached needs a folder in which the sites' processes find the job: set recipe.attach, or "
+                f"{ATTACH_DIR_VARIABLE} at the site."
+            )
+        return Attached(site, self._job.path(folder).absolute() / site, functools.partial(_note, site))
+
+    def _start(self, site: str) -> Started:
         own = self._job.engine.sites.get(site)
         threads = str((own and own.cpus) or self._job.engine.threads)
         environment = {
@@ -236,8 +266,42 @@ class Script:
             **{f"HANSA_{kind.upper()}": str(path) for kind, path in self._files.get(site, {}).items()},
             **self._options.env,
         }
-        command = [self._options.python or sys.executable, str(self._path), *self._options.args]
-        return _Process(site, course, command, environment, self._job.path("."))
+        interpreter = [self._options.python or sys.executable, *self._options.launch]
+        command = [*interpreter, str(self._path), *self._options.args]
+        return Started(site, command, environment, self._job.path("."), functools.partial(_note, site))
+
+
+def _note(site: str, entry: Mapping[str, Any]) -> None:
+    """Write what the script gave to ``log`` into the site's log, as JSON."""
+    kept = {name: entry.get(name) for name in ("key", "value", "data_type", "with")}
+    _LOG.info("%s: %s", site, json.dumps({"logged": kept}))
+
+
+def _answer(found: tuple[dict[str, Any], dict[str, dict[str, Array]]], site: str) -> tuple[Any, Any]:
+    """Return the script's message and parameters, checked for their form."""
+    message, parts = found
+    try:
+        metrics = {str(name): float(value) for name, value in message["metrics"].items()}
+        meta = {str(name): float(value) for name, value in message["meta"].items()}
+        told = message["steps"]
+        steps = told and {
+            "count": int(told["count"]),
+            "lr_sum": float(told["lr_sum"]),
+            "num_examples": told["num_examples"] and int(told["num_examples"]),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SiteError(f"The script's answer has another form than this release's ({error!r}).", site=site) from None
+    checked = {"metrics": metrics, "meta": meta, "steps": steps, "params_type": message.get("params_type")}
+    return checked, parts.get(PARAMS)
+
+
+def _weight(answer: Mapping[str, Any]) -> float:
+    """Return what the site's update is weighed by: the script's word, else what its steps tell, else 1."""
+    meta, steps = answer["meta"], answer["steps"] or {}
+    for told in (meta.get("num_examples"), meta.get("NUM_STEPS_CURRENT_ROUND")):
+        if told is not None:
+            return float(told)
+    return float(steps.get("num_examples") or steps.get("count") or 1)
 
 
 def _site_files(job: Job) -> dict[str, dict[str, Path]]:
@@ -375,152 +439,3 @@ def _sums(metrics: Mapping[str, float], weight: float) -> dict[str, float]:
         sums[name] = value * weight
         sums[_COUNT.format(name)] = weight
     return sums
-
-
-class _ReturnedError(SiteError):
-    """The script ended without an error and without an answer."""
-
-
-class _Process:
-    """One running script, from its start to its end."""
-
-    def __init__(
-        self, site: str, course: str, command: Sequence[str], environment: Mapping[str, str], folder: Path
-    ) -> None:
-        self._site = site
-        self._course = course
-        self._link: Link | None = None
-        self._busy = False
-        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        self._token = secrets.token_hex(16)
-        self._place = Path(tempfile.mkdtemp(prefix="hansa-"))
-        self._listener = socket.socket(socket.AF_UNIX)
-        address = str(self._place / "s")
-        try:
-            self._listener.bind(address)
-            self._listener.listen(1)
-            self._process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env={**environment, SOCKET_VARIABLE: address, TOKEN_VARIABLE: self._token},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        except OSError as error:
-            self._close_listener()
-            raise JobError(
-                f"The script can't be started ({shlex.join(command)}): {error.strerror}.", site=site
-            ) from None
-        self._reader = threading.Thread(target=self._read_output, daemon=True)
-        self._reader.start()
-
-    @property
-    def running(self) -> bool:
-        """Whether the process has not ended."""
-        return self._process.poll() is None
-
-    def exchange(
-        self, message: Mapping[str, Any], params: Tree, limit_s: float | None
-    ) -> tuple[dict[str, Any], dict[str, Array] | None]:
-        """Send a task and return the answer.
-
-        Raises:
-            SiteError: the script ended, or did not answer in time.
-        """
-        until = None if limit_s is None else time.monotonic() + limit_s
-        self._busy = True
-        try:
-            link = self._link or self._connected(until)
-            link.connection.settimeout(limit_s)
-            link.send(message, params)
-            self._wait(link.connection, until)
-            answer = link.receive()
-        except TimeoutError:
-            raise SiteError(
-                f"The script did not answer for {limit_s:g} s and was ended. Mend what it waits for, "
-                f"or raise recipe.timeout_s.{self._last_lines()}",
-                site=self._site,
-            ) from None
-        except ConnectionError:
-            raise self._ended() from None
-        self._busy = False
-        return answer
-
-    def end(self) -> None:
-        """Say that the federation has ended, give the script a moment to return unless it trains, and end it."""
-        if self._link is not None and self.running and not self._busy:
-            try:
-                self._link.connection.settimeout(_END_S)
-                self._link.send({"type": "end"})
-                self._process.wait(_END_S)
-            except (OSError, subprocess.TimeoutExpired):
-                _LOG.warning("%s: the script did not return within %g s after the end", self._site, _END_S)
-        self.kill()
-
-    def kill(self) -> None:
-        """End the script at once and free what it held."""
-        self._process.kill()
-        self._process.wait()
-        self._reader.join(1.0)
-        if self._process.stdout and not self._reader.is_alive():
-            self._process.stdout.close()
-        if self._link is not None:
-            self._link.close()
-        self._close_listener()
-
-    def _connected(self, until: float | None) -> Link:
-        """Wait until the script has called ``init``."""
-        while True:
-            if select.select([self._listener], [], [], _POLL_S)[0]:
-                break
-            if not self.running:
-                raise self._ended()
-            if until is not None and time.monotonic() > until:
-                raise TimeoutError
-        connection, _ = self._listener.accept()
-        self._close_listener()
-        link = Link(connection)
-        self._link = link
-        hello, _ = link.receive()
-        if hello.get("protocol") != PROTOCOL or not secrets.compare_digest(str(hello.get("token")), self._token):
-            raise SiteError("The script runs with another release of hansa than this one.", site=self._site)
-        link.send({"type": "welcome", "site": self._site, "job": self._course})
-        return link
-
-    @staticmethod
-    def _wait(connection: socket.socket, until: float | None) -> None:
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        if not poll.poll(None if until is None else max(0.0, until - time.monotonic()) * 1000):
-            raise TimeoutError
-
-    def _ended(self) -> SiteError:
-        """Return the error that says how the script ended."""
-        try:
-            code = self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            return SiteError(f"The script closed its connection and went on.{self._last_lines()}", site=self._site)
-        self._reader.join(1.0)
-        if code == 0 and self._link is None:
-            text = "The script ended without calling hansa.client.init(), so it takes no part."
-            return SiteError(text + self._last_lines(), site=self._site)
-        if code == 0:
-            text = "The script returned before it answered: receive() and send() belong in while is_running()."
-            return _ReturnedError(text + self._last_lines(), site=self._site)
-        how = f"with exit code {code}" if code > 0 else f"by signal {-code}"
-        return SiteError(f"The script ended {how}.{self._last_lines()}", site=self._site)
-
-    def _last_lines(self) -> str:
-        return f" Its last lines:\n    {'    '.join(self._tail).rstrip()}" if self._tail else ""
-
-    def _read_output(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            text = line.decode(errors="replace")
-            self._tail.append(text)
-            _LOG.info("%s: %s", self._site, text.rstrip())
-
-    def _close_listener(self) -> None:
-        self._listener.close()
-        shutil.rmtree(self._place, ignore_errors=True)
