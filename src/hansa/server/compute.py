@@ -91,10 +91,9 @@ class Compute:
         await worker.serving
 
     async def initial(self, path: Path) -> Tree:
-        """Return the parameters that training starts from, kept in ``path``."""
+        """Return the parameters that training starts from, read from ``path`` as they are needed."""
         await self._ask(lambda ticket, n: Initial(ticket, n, str(path)), Done)
-        with path.open("rb") as file:
-            return wire.read_parts(file, wire.read_envelope(file))["params"]
+        return wire.open_parts(path)[1]["params"]
 
     async def export(self, params: Tree, directory: Path) -> None:
         """Write a usable model with ``params`` to ``directory``."""

@@ -85,6 +85,7 @@ class Jobs:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._running: dict[str, _Running] = {}
+        self._named: dict[str, list[str] | None] = {}
         self._stopping = False
 
     async def run(self) -> None:
@@ -139,7 +140,9 @@ class Jobs:
 
     def sites_of(self, id: str) -> list[str]:
         """Return the sites that take part in a job."""
-        return sites_of(Run(self.folder(id)).job, self._members())
+        if id not in self._named:
+            self._named[id] = Run(self.folder(id)).job.cohort.sites
+        return sorted(self._named[id] or self._members())
 
     def _join(self) -> None:
         for running in list(self._running.values()):
@@ -163,7 +166,7 @@ class Jobs:
     async def carry_out(self, id: str) -> None:
         """Bring one job to its end, in its own loop."""
         run = Run(self.folder(id))
-        sites = sites_of(run.job, self._members())
+        sites = self.sites_of(id)
         job = at_server(run.job, sites)
         notes = _Notes(self, self._store, self._blobs, self._metrics, id)
         compute = self._settings.compute
@@ -295,11 +298,6 @@ def _size(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # updates come and go
             total += path.stat().st_size
     return total
-
-
-def sites_of(job: Job, members: Sequence[str]) -> list[str]:
-    """Return the sites that take part in ``job``: those it names, or all of the federation."""
-    return sorted(job.cohort.sites or members)
 
 
 def at_server(job: Job, sites: Sequence[str]) -> Job:

@@ -57,6 +57,7 @@ PATIENCE_S = 600.0
 _LOG = logging.getLogger("hansa.site")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,199}")
 _SHORT_S = 5.0
+_LASTING_S = 0.25
 _POLL_S = 25.0
 
 
@@ -80,6 +81,7 @@ class Agent:
         self._activity = asyncio.Event()
         self._lease_s = 60.0
         self._sequence = 0
+        self._roster = 0
 
     async def run(self, joined: asyncio.Event | None = None) -> None:
         """Take part until cancelled.
@@ -143,9 +145,8 @@ class Agent:
 
     def _hear(self, ring: Ring) -> None:
         self._lease_s = max(ring.lease_s, 1.0)
-        if ring.sequence != self._sequence:
-            self._news.set()
-        if ring.roster > self._kit.roster().version:
+        self._roster = max(self._roster, ring.roster)
+        if ring.sequence != self._sequence or self._roster > self._kit.roster().version:
             self._news.set()
 
     async def _follow_agenda(self, connection: Connection, joined: asyncio.Event | None) -> None:
@@ -155,7 +156,8 @@ class Agent:
             if joined is not None:
                 joined.set()
             await self._take_up(connection, agenda)
-            await self._renew_roster(connection)
+            if self._roster > self._kit.roster().version:
+                await self._renew_roster(connection)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), self._lease_s)
             self._news.clear()
@@ -209,7 +211,7 @@ class Agent:
             del self._doing[name]
         if not task.cancelled() and task.exception() is not None:
             _LOG.error("%s ended in a defect", name, exc_info=task.exception())
-        self._news.set()
+            self._news.set()
 
     async def _do(self, connection: Connection, job: JoinedJob, given: Assignment) -> None:
         """Bring one assignment to its acknowledged answer."""
@@ -263,10 +265,11 @@ class Agent:
         self._activity.set()
 
     async def _report(self, connection: Connection) -> None:
-        """Tell what is being worked on: at once when that changes, and often enough to keep the lease."""
+        """Tell what is being worked on, when it changes and lasts, and often enough to keep the lease."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._activity.wait(), self._lease_s / 4)
+            await asyncio.sleep(_LASTING_S)
             self._activity.clear()
             now = time.monotonic()
             activities = [
