@@ -22,8 +22,8 @@ PROTOCOL = 1
 
 SERVICE = "hansa.Federation"
 
-INLINE_BYTES = 1 << 20
-"""Plans and updates up to this size travel inside messages, larger ones as files in pieces."""
+INLINE_BYTES = (1 << 20) + (1 << 16)
+"""Plans and updates up to this size (1 MiB and a header) travel inside messages, larger ones as files in pieces."""
 
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Label = Annotated[str, msgspec.Meta(max_length=200)]
@@ -239,6 +239,7 @@ class JobLine(Message):
     Attributes:
         state: queued, running, finished, failed, aborted.
         error: why it failed, with what to do.
+        kind: the name of that error's class in :mod:`hansa.errors`, or of a defect's.
         created, started, ended: ISO 8601, UTC; empty where it has not happened.
     """
 
@@ -249,6 +250,7 @@ class JobLine(Message):
     rounds: Count
     round: Count
     error: str
+    kind: Label
     created: str
     started: str
     ended: str
