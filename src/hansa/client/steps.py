@@ -102,6 +102,11 @@ class Stepping:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def count(self) -> int:
+        """How many steps were made since the last answer."""
+        return self._count
+
     def taken(self) -> dict[str, float | None]:
         """Return what was done since the last call: the count of steps, the sum of learning rates, the rows."""
         told = {"count": self._count, "lr_sum": self._lr_sum, "num_examples": self._num_examples}
