@@ -49,6 +49,8 @@ PATIENCE_S = 600.0
 
 RESULTS = "results.json"
 
+_PAUSE_S = 5.0
+
 _LOG = logging.getLogger("hansa.server.jobs")
 
 
@@ -85,7 +87,7 @@ class Jobs:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._running: dict[str, _Running] = {}
-        self._named: dict[str, list[str] | None] = {}
+        self._signed: dict[str, Job] = {}
         self._stopping = False
 
     async def run(self) -> None:
@@ -101,18 +103,26 @@ class Jobs:
         try:
             while True:
                 self._wake.clear()
-                for row in self._store.jobs(state="queued"):
-                    if len(self._running) >= self._settings.max_running_jobs:
-                        break
-                    if row.id not in self._running:
-                        self._store.set_state(row.id, "running")
-                        self._start(row.id)
+                try:
+                    self._start_queued()
+                except StorageError as error:
+                    _LOG.warning("The queue waits: %s", error.message)
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
                 await self._wake.wait()
         finally:
             self._stopping = True
             for running in self._running.values():
                 running.cancel()
             await asyncio.to_thread(self._join)
+
+    def _start_queued(self) -> None:
+        for row in self._store.jobs(state="queued"):
+            if len(self._running) >= self._settings.max_running_jobs:
+                return
+            if row.id not in self._running:
+                self._store.set_state(row.id, "running")
+                self._start(row.id)
 
     def wake(self) -> None:
         """Look at the queue again."""
@@ -140,9 +150,13 @@ class Jobs:
 
     def sites_of(self, id: str) -> list[str]:
         """Return the sites that take part in a job."""
-        if id not in self._named:
-            self._named[id] = Run(self.folder(id)).job.cohort.sites
-        return sorted(self._named[id] or self._members())
+        return sorted(self.job_of(id).cohort.sites or self._members())
+
+    def job_of(self, id: str) -> Job:
+        """Return a job as it was signed, its files in place."""
+        if id not in self._signed:
+            self._signed[id] = Run(self.folder(id)).job
+        return self._signed[id]
 
     def _join(self) -> None:
         for running in list(self._running.values()):
@@ -202,7 +216,7 @@ class Jobs:
             text = str(error) if isinstance(error, HansaError) else f"a defect: {type(error).__name__}: {error}"
             if not isinstance(error, HansaError):
                 _LOG.error("Job %s ended in a defect", id, exc_info=error)
-            self._store.set_state(id, "failed", text)
+            self._store.set_state(id, "failed", text, type(error).__name__)
             self._store.event(id, "state", f"failed: {text}")
         self._desk.ring(self.sites_of(id))
 
@@ -286,6 +300,9 @@ class _Notes:
         metrics = ", ".join(f"{name} {number(value)}" for name, value in record.metrics.items())
         text = f"round {record.round}: {len(record.accepted)} of {len(record.asked)} sites, {metrics}"
         self._store.event(self._id, "round", text)
+
+    def doing(self, site: str, text: str) -> None:
+        """What sites are at is on the desk."""
 
     def say(self, text: str) -> None:
         """Note it."""

@@ -32,7 +32,7 @@ from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Reply, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan
-from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
+from hansa.errors import FitError, PolicyError, SiteError, StorageError
 from hansa.runs.carrier import workflow_of
 from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
@@ -271,18 +271,13 @@ class RemoteCohort:
         answers = engine.answers(plan.job, plan.round, plan.task, digest, sorted(sites), plan.deadline_s)
         async with contextlib.aclosing(answers):
             async for row in answers:
-                yield await asyncio.to_thread(self._reply, row, plan)
+                yield await asyncio.to_thread(self._reply, row)
 
-    def _reply(self, row: TaskRow, plan: Plan) -> Reply:
+    def _reply(self, row: TaskRow) -> Reply:
         if row.state == "done":
-            try:
-                handle = self._engine.kept(row.update)
-            except HansaError as error:
-                return Absence(row.site, "rejected", error.message)
-            seconds = handle.header.seconds
-            if plan.deadline_s is not None and seconds > plan.deadline_s:
-                return Absence(row.site, "late", f"took {seconds:.2f} s, the deadline is {plan.deadline_s:g} s")
-            return handle
+            return self._engine.kept(row.update)
+        if row.state == "overdue":
+            return Absence(row.site, "late", "came after the deadline")
         if row.answer:
             said = msgspec.json.decode(row.answer, type=Missing)
             return Absence(row.site, said.kind, said.reason)

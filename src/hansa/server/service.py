@@ -111,6 +111,7 @@ class Service:
         self._metrics = metrics
         self._noted: dict[str, float] = {}
         self._submitting = asyncio.Lock()
+        self._taking: dict[str, asyncio.Lock] = {}
 
     async def call(self, caller: Identity, request: Message) -> Message:
         """Answer a request."""
@@ -154,7 +155,8 @@ class Service:
             case Answer():
                 self._attends(caller)
                 await self._heard(caller)
-                job = await asyncio.to_thread(self._take, caller.name, request)
+                async with self._taking.setdefault(caller.name, asyncio.Lock()):
+                    job = await asyncio.to_thread(self._take, caller.name, request)
                 self._desk.answered(job)
                 return Done()
             case AskRoster():
@@ -271,9 +273,12 @@ class Service:
         if said.inline is not None:
             storage.write_atomic(path, said.inline)
             self._metrics.received(len(said.inline))
+        elif not path.exists():
+            raise StorageError("The update that the answer names is not here; send it again.", job=row.job, site=site)
         problem = _problem(path, row)
         if problem is None:
             self._blobs.keep(key)
+            self._close_if_late(path, row)
             self._store.answer(row.task, site, "done", b"", key)
             self._metrics.answered("update")
         else:
@@ -281,6 +286,16 @@ class Service:
             self._store.answer(row.task, site, "missing", msgspec.json.encode(Missing("rejected", problem[:4096])))
             self._store.audit(f"site/{site}", Role.SITE.value, "answer", row.job, "refused", problem)
         return row.job
+
+    def _close_if_late(self, path: Path, row: TaskRow) -> None:
+        """Close a task whose site took longer than the deadline, by its own clock; by policy the update is overdue."""
+        job = self._jobs.job_of(row.job)
+        deadline_s = job.cohort.deadline_s if row.kind == "train" and row.course == job.name else None
+        seconds = wire.Spooled(path).header.seconds
+        if deadline_s is not None and seconds > deadline_s:
+            said = Missing("late", f"took {seconds:.2f} s, the deadline is {deadline_s:g} s")
+            state = "late" if job.cohort.late == "accept" else "missing"
+            self._store.answer(row.task, row.site, state, msgspec.json.encode(said))  # type: ignore[arg-type]
 
     # Files
 
@@ -495,6 +510,7 @@ def _line(row: JobRow) -> JobLine:
         row.rounds,
         row.round,
         row.error,
+        row.kind,
         row.created,
         row.started,
         row.ended,
