@@ -23,6 +23,7 @@ from hansa.pki.kit import Kit
 from hansa.pki.request import read_reply, read_request
 from hansa.pki.roles import MEANINGS, reach
 from hansa.pki.roster import Roster
+from hansa.server.settings import commented
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,16 @@ def provision(
         if not slash or name in of_sites:
             raise JobError(f"--admin {word}: write SITE/NAME, each name once.")
         of_sites[name] = site
-    made = laboratory.provision(directory, federation, server, sites, leads, observers=observers, admins=of_sites)
+    made = laboratory.provision(
+        directory,
+        federation,
+        server,
+        sites,
+        leads,
+        observers=observers,
+        admins=of_sites,
+        server_settings=commented(),
+    )
     document = {
         "federation": federation,
         "address": made.address,

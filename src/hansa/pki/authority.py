@@ -191,7 +191,7 @@ class Authority:
             request, role, name, site=site, scopes=scopes, hosts=hosts, lifetime=lifetime, another_key=another_key
         )
         keys.write(directory / KEY, keys.key_pem(key), keys.PRIVATE)
-        return Kit.install(directory, self.reply(pem))
+        return Kit.install(directory, self.reply(pem), at=self._clock())
 
     def renew(self, request_pem: bytes) -> bytes:
         """Sign a request by a key that has a certificate: the same again, from now on for as long as before.
@@ -317,7 +317,7 @@ class Authority:
             twin = Role.COMPUTE if claim.role is Role.SITE else Role.SITE
             if f"{twin}/{claim.name}" in self.roster.members:
                 raise AccessError(
-                    f"There is a {twin} called {claim.name}: both answer as sites, so their names differ."
+                    f"There is a {twin} called {claim.name}, and both answer as sites. Choose another name."
                 )
         if another_key:
             return

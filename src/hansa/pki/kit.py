@@ -20,6 +20,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from hansa.errors import AccessError, HansaError, StorageError
@@ -126,7 +127,7 @@ class Kit:
             return True
 
     @classmethod
-    def install(cls, directory: Path, reply: Reply, *, authority: str | None = None) -> Kit:
+    def install(cls, directory: Path, reply: Reply, *, authority: str | None = None, at: datetime | None = None) -> Kit:
         """Put the authority's reply beside the key that it is for.
 
         Args:
@@ -134,6 +135,7 @@ class Kit:
             reply: the authority's reply.
             authority: the SHA-256 fingerprint in hex that the authority's certificate must have, as its operator told
                 it by another way; colons and case do not matter. A kit that is renewed has its authority already.
+            at: the time that the certificate's dates are held against; now by default.
 
         Raises:
             AccessError: the certificate is for another key, of another authority than the one pinned or named, or not
@@ -150,7 +152,7 @@ class Kit:
         if pinned.exists() and keys.read(pinned) != authority_pem:
             raise AccessError(f"This reply is from another authority than {pinned}. Nothing was installed.")
         roster = Roster.read(reply.roster.encode(), authority_pem)
-        roster.admit(certificate_pem)
+        roster.admit(certificate_pem, at)
         if (directory / ROSTER).exists():
             held = Roster.load(directory / ROSTER, authority_pem)
             roster = roster if held.version < roster.version or roster.succeeds(held) else held

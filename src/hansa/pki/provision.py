@@ -62,6 +62,7 @@ def provision(
     *,
     observers: Sequence[str] = (),
     admins: Mapping[str, str] | None = None,
+    server_settings: str = "",
 ) -> Federation:
     """Make authority, server, sites and people.
 
@@ -73,6 +74,7 @@ def provision(
         leads: names of those who may submit jobs.
         observers: names of those who may watch.
         admins: name of a site's admin -> the site.
+        server_settings: TOML to stand below ``listen`` in server.toml.
 
     Raises:
         JobError: a name or address that can't be, or one that comes twice.
@@ -94,7 +96,7 @@ def provision(
     try:
         authority = Authority.create(temporary / "authority", federation)
         kits = [authority.issue(temporary / "server", Role.SERVER, "server", hosts=[host])]
-        _write_settings(kits[0], "server.toml", SERVER_TOML, f"{_interface(host)}:{port}")
+        _write_settings(kits[0], "server.toml", SERVER_TOML, f"{_interface(host)}:{port}", server_settings)
         for name in sites:
             kits.append(authority.issue(temporary / "sites" / name, Role.SITE, name))
             _write_settings(kits[-1], "site.toml", SITE_TOML, address)
@@ -165,8 +167,8 @@ def _interface(host: str) -> str:
     return "0.0.0.0" if address.version == 4 else "[::]"
 
 
-def _write_settings(kit: Kit, name: str, text: str, address: str) -> None:
-    keys.write(kit.directory / name, text.format(json.dumps(address)).encode())
+def _write_settings(kit: Kit, name: str, text: str, address: str, more: str = "") -> None:
+    keys.write(kit.directory / name, (text.format(json.dumps(address)) + (f"\n{more}" if more else "")).encode())
 
 
 SERVER_TOML = """\
