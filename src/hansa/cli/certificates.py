@@ -60,7 +60,9 @@ def _role(word: str) -> Role:
     try:
         return Role(word)
     except ValueError:
-        raise JobError(f"There is no role {word!r}; there are {', '.join(Role)}.{nearest(word, Role)}") from None
+        raise JobError(
+            f"There is no role {word!r}; there are {', '.join(Role)}.{nearest(word, [role.value for role in Role])}"
+        ) from None
 
 
 def _lifetime(days: float | None, hours: float | None) -> timedelta | None:
