@@ -8,8 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
-from torch import nn
+from safetensors.numpy import load_file
 
 from hansa import registry
 from hansa.client import torch as local
