@@ -72,9 +72,11 @@ class Database:
 _numbers = itertools.count()
 
 
-def _fresh_database(folder: Path) -> str:
+@pytest.fixture
+def fresh_database(postgres: Path) -> str:
+    """Make an empty database in PostgreSQL and return its URL."""
+    admin = f"postgresql+psycopg://{SUPERUSER}@/{{}}?host={postgres}"
     name = f"test{next(_numbers)}"
-    admin = f"postgresql+psycopg://{SUPERUSER}@/{{}}?host={folder}"
     engine = sa.create_engine(admin.format("postgres"), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name}")
@@ -83,9 +85,8 @@ def _fresh_database(folder: Path) -> str:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
-    if request.param == "sqlite":
-        return Database(None, tmp_path)
-    return Database(_fresh_database(request.getfixturevalue("postgres")), tmp_path)
+    url = None if request.param == "sqlite" else str(request.getfixturevalue("fresh_database"))
+    return Database(url, tmp_path)
 
 
 @pytest.fixture
