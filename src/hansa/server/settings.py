@@ -79,9 +79,7 @@ class Compute(Section):
     """The process beside the server that loads models: it starts them off, exports them and sums metrics up."""
 
     threads: Annotated[int, Field(gt=0)] | None = Field(None, description="CPU threads; the job's by default.")
-    environment: dict[str, str] = Field(
-        default_factory=dict, description='Variables set for it: { CUDA_VISIBLE_DEVICES = "0" }.'
-    )
+    environment: dict[str, str] = Field(default_factory=dict, description="Variables that are set for it.")
 
 
 class ServerSettings(Section):
@@ -99,6 +97,7 @@ class ServerSettings(Section):
     )
     s3: S3 = S3()
     lease_s: Annotated[float, Field(ge=1)] = Field(300.0, description="A site silent for so many seconds is gone.")
+    stall_s: Annotated[float, Field(gt=0)] = Field(60.0, description="A transfer that stands still so long is ended.")
     max_running_jobs: Annotated[int, Field(gt=0)] = Field(4, description="Jobs at work at a time; others queue.")
     max_model_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="The largest model of a job.")
     quota: Quota = Quota()
@@ -135,20 +134,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> ServerSettings:
 
 
 def commented() -> str:
-    """Return every setting but ``listen`` as commented lines with its default, to be put into a new server.toml.
+    """Return every setting but ``listen``, as lines to be put into a new server.toml below it.
 
-    Tables come last, as TOML has it; with every ``#`` before a setting taken away the text is still valid.
+    ``# `` begins a text, ``#`` alone a setting, which taking the sign away sets.
     """
     lines = []
     tables = []
     for name, field in ServerSettings.model_fields.items():
         if isinstance(field.default, BaseModel):
-            tables.append(name)
+            tables.append((name, type(field.default)))
         elif name != "listen":
             lines.append(_line(name, field))
-    for table in tables:
-        section = type(getattr(ServerSettings(), table))
-        lines.append(f"# {' '.join((section.__doc__ or '').split())}\n# [{table}]\n")
+    for table, section in tables:
+        lines.append(f"# {' '.join((section.__doc__ or '').split())}\n#[{table}]\n")
         lines.extend(_line(name, field) for name, field in section.model_fields.items())
     return "\n".join(lines)
 
@@ -162,11 +160,11 @@ _EXAMPLES = {
     "jobs": 20,
     "bytes": 1 << 38,
     "threads": 4,
+    "environment": '{ CUDA_VISIBLE_DEVICES = "0" }',
 }
 """What settings without a default may look like."""
 
 
 def _line(name: str, field: pydantic.fields.FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    value = "{}" if default == {} else json.dumps(_EXAMPLES[name] if default is None else default)
-    return f"# {field.description}\n# {name} = {value}\n"
+    example = _EXAMPLES.get(name, field.default)
+    return f"# {field.description}\n#{name} = {example if name == 'environment' else json.dumps(example)}\n"
