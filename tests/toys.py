@@ -34,14 +34,16 @@ class Quadratics:
         size: elements of the one tensor ``w``.
         delay_s: how long a step takes, by site or for all.
         faults: (site, round) -> what goes wrong: raise, data, nan, exit, partial.
+        trained: a file that gets a line, site and round, for each time that a site has trained.
     """
 
-    def __init__(self, size=4, delay_s=0.0, faults=None, sites=SITES):
+    def __init__(self, size=4, delay_s=0.0, faults=None, sites=SITES, trained=None):
         self.sites = tuple(sites)
         self.traits = frozenset({Trait.STEPWISE})
         self._size = size
         self._delay_s = delay_s if isinstance(delay_s, dict) else dict.fromkeys(sites, delay_s)
         self._faults = faults or {}
+        self._trained = trained
 
     def initial(self):
         return {"w": np.zeros(self._size, np.float64), "count": np.zeros(1, np.int64)}
@@ -68,6 +70,9 @@ class Quadratics:
             if correction:
                 grads = correction.adjust(correction.context, params, grads)
             params = {"w": params["w"] - LR * grads["w"]}
+        if self._trained is not None:
+            with Path(self._trained).open("a") as file:
+                file.write(f"{site} {plan.round}\n")
         if fault == "nan":
             params = {"w": params["w"] * np.nan}
         loss = n * float(a / 2 * (params["w"][0] - b) ** 2) if fault != "nan" else 0.0

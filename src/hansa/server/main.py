@@ -56,7 +56,7 @@ async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Ru
         jobs = Jobs(directory, settings, store, blobs, desk, metrics, lambda: members(kit))
         service = Service(directory, kit, settings, store, blobs, desk, jobs, metrics)
         host, port = settings.listen_address
-        server = await serve(service, kit, host, port)
+        server = await serve(service, kit, host, port, stall_s=settings.stall_s)
         stack.push_async_callback(server.stop, 1.0)
         http_port = None
         if settings.http_address is not None:

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job that is disturbed in every way we know ends with the bits of an undisturbed one.
+
+At times drawn from a seed: SIGKILL of the server, of a site's agent, of a worker; a network that is cut, and one that
+stalls in the middle of a transfer for longer than any keep-alive; a disk that is full for a while. A failure names its
+seed; ``HANSA_CHAOS_SEEDS="4 5 6"`` runs others.
+
+Beside the model's bits, what was accepted must not be trained again: a site may train a round twice only where its
+agent or worker was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hansa.core import config
+from hansa.core.config import Job
+from hansa.errors import HansaError
+from hansa.lab import SERVER, Lab, lab
+from hansa.simulation.run import run
+from relay import Relay, relay
+from toys import SITES
+
+SEEDS = [int(seed) for seed in os.environ.get("HANSA_CHAOS_SEEDS", "1 2 3").split()]
+ACTIONS = 8
+STALL_S = 2.0
+PATIENCE_S = 150.0
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def job_at(folder: Path) -> Job:
+    """SCAFFOLD over quadratics of 3 MB, which remembers rounds at the sites; updates travel in pieces."""
+    values = {
+        "name": "storm",
+        "rounds": 8,
+        "recipe": {
+            "name": "toys:build",
+            "size": 400_000,
+            "delay_s": 0.02,
+            "trained": str(folder / "trained.txt"),
+        },
+        "train": {"optimizer": "sgd"},
+        "strategy": "scaffold",
+        "cohort": {"quorum": 1.0},
+        "baselines": {"base": False, "local": False},
+        "output": {"dir": str(folder / "runs"), "keep": 1},
+        "directory": str(folder),
+    }
+    return config.parse(values)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> str:
+    """The model's digest after an undisturbed run in simulation."""
+    folder = tmp_path_factory.mktemp("calm")
+    return run(job_at(folder)).report["model"]["sha256"]
+
+
+class Network:
+    """A relay before the server for every site, in a loop of its own."""
+
+    def __init__(self, port: int) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._done = asyncio.Event()
+        self.relays: dict[str, Relay] = {}
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(port, ready),))
+        self._thread.start()
+        ready.wait()
+
+    async def _serve(self, port: int, ready: threading.Event) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for site in SITES:
+                self.relays[site] = await stack.enter_async_context(relay(port))
+            ready.set()
+            await self._done.wait()
+
+    def do(self, action: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(action)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join()
+
+
+class Storm:
+    """Draws what happens next, and does it."""
+
+    def __init__(self, federation: Lab, network: Network, disk: Path | None, seed: int) -> None:
+        self._lab = federation
+        self._network = network
+        self._disk = disk
+        self._draw = random.Random(seed)
+        self.happened: list[str] = []
+        self.kills = 0
+
+    def strike(self) -> None:
+        actions = [self._kill_server, self._kill_agent, self._kill_worker, self._cut, self._stall]
+        if self._disk is not None:
+            actions.append(self._fill)
+        action = self._draw.choice(actions)
+        site = self._draw.choice(SITES)
+        self.happened.append(f"{action.__name__.strip('_')} {site}")
+        action(site)
+
+    def pause(self, most_s: float) -> None:
+        time.sleep(self._draw.uniform(0.0, most_s))
+
+    def _kill_server(self, site: str) -> None:
+        self._lab.kill(SERVER)
+        self.pause(1.0)
+        self._lab.start(SERVER)
+
+    def _kill_agent(self, site: str) -> None:
+        self.kills += 1
+        self._lab.kill(site)
+        self.pause(1.0)
+        self._lab.start(site)
+
+    def _kill_worker(self, site: str) -> None:
+        for worker in psutil.Process(self._lab.pid(site)).children():
+            self.kills += 1
+            worker.kill()
+
+    def _cut(self, site: str) -> None:
+        self._network.do(self._network.relays[site].cut)
+
+    def _stall(self, site: str) -> None:
+        self._network.do(self._network.relays[site].stall)
+        time.sleep(2 * STALL_S)
+        self._network.do(self._network.relays[site].flow)
+
+    def _fill(self, site: str) -> None:
+        assert self._disk is not None
+        with contextlib.suppress(OSError), (self._disk / "ballast").open("wb") as file:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        self.pause(2.0)
+        (self._disk / "ballast").unlink()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """A tmpfs of 200 MB, or None where this user may not mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def through(federation: Lab, network: Network) -> None:
+    """Have every site reach the server through its relay."""
+    for site in federation.sites:
+        settings = federation.folder(site) / "site.toml"
+        there = f"127.0.0.1:{network.relays[site].port}"
+        text = settings.read_text().replace(f'"{federation.address}"', f'"{there}"')
+        settings.write_text(f"stall_s = {STALL_S}\n{text}")
+        federation.restart(site)
+
+
+def finished(federation: Lab, id: str, storm: Storm) -> str:
+    """Wait for the job's end, striking now and then meanwhile; return its state and error."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            line = federation.federation.job(id).line
+        except HansaError:
+            continue
+        if line.state not in ("queued", "running"):
+            return f"{line.state} {line.error}".strip()
+        if len(storm.happened) < ACTIONS:
+            storm.pause(0.5)
+            storm.strike()
+        else:
+            time.sleep(0.1)
+    return "not finished"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_disturbed_job_ends_with_the_bits_of_an_undisturbed_one(seed, tmp_path, undisturbed):
+    job = job_at(tmp_path)
+    settings = {"lease_s": 60.0, "stall_s": STALL_S}
+    with small_disk(tmp_path / "disk") as disk:
+        root = (disk or tmp_path) / "lab"
+        with lab(job, directory=root, settings=settings) as federation:
+            network = Network(int(federation.address.rpartition(":")[2]))
+            try:
+                through(federation, network)
+                storm = Storm(federation, network, disk, seed)
+                id = federation.federation.submit(federation.job)
+                state = finished(federation, id, storm)
+                told = f"seed {seed}: {', '.join(storm.happened)}"
+                logs = {name: federation.log(name).read_text()[-3000:] for name in federation.names}
+                assert state == "finished", f"{told}\n{state}\n" + "\n".join(f"--- {n}\n{t}" for n, t in logs.items())
+                federation.federation.download(id, tmp_path / "results", names=["report.json"])
+            finally:
+                network.close()
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
+    trained = Counter((tmp_path / "trained.txt").read_text().splitlines())
+    again = sum(count - 1 for count in trained.values())
+    assert report["model"]["sha256"] == undisturbed, told
+    assert all(set(record["accepted"]) == set(SITES) for record in report["rounds"]), told
+    assert again <= storm.kills, f"{told}: {again} rounds were trained again after {storm.kills} kills"
