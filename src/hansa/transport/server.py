@@ -66,6 +66,7 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _Context = Any  # grpc.aio.ServicerContext; grpcio has no types
+_Work = Callable[[Identity, _Context], Awaitable[None]]
 
 
 class Handlers(Protocol):
@@ -120,12 +121,16 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]
         )
-        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
-        methods = {kind.__name__: unary(self._guarded(kind.__name__, self._call(kind))) for kind in CALLS}
-        methods["Attend"] = stream(self._guarded("Attend", self._events(Attend, handlers.attend)))
-        methods["Follow"] = stream(self._guarded("Follow", self._events(Follow, handlers.follow)))
-        methods["Download"] = stream(self._guarded("Download", self._download))
-        methods["Upload"] = stream(self._guarded("Upload", self._upload))
+        work = {kind.__name__: self._call(kind) for kind in CALLS} | {
+            "Attend": self._events(Attend, handlers.attend),
+            "Follow": self._events(Follow, handlers.follow),
+            "Download": self._download,
+            "Upload": self._upload,
+        }
+        # All are streams to gRPC, on the wire it is the same: its unary handlers never end a call that says nothing.
+        methods = {
+            name: grpc.stream_stream_rpc_method_handler(self._guarded(name, method)) for name, method in work.items()
+        }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
     async def start(self, host: str, port: int) -> None:
@@ -179,12 +184,10 @@ class Server:
                     self._expelled[task] = error
                     task.cancel()
 
-    def _guarded(
-        self, name: str, work: Callable[[Identity, Any, _Context], Awaitable[bytes | None]]
-    ) -> Callable[[Any, _Context], Awaitable[bytes | None]]:
+    def _guarded(self, name: str, work: _Work) -> Callable[[Any, _Context], Awaitable[None]]:
         """Return a gRPC handler that admits the caller, does the work and lets its errors travel."""
 
-        async def handle(request: Any, context: _Context) -> bytes | None:
+        async def handle(_: Any, context: _Context) -> None:
             who = "somebody"
             try:
                 pem = context.auth_context().get("x509_pem_cert", [b""])[0]
@@ -207,7 +210,7 @@ class Server:
             self._calls[who] += 1
             self._live[task] = pem
             try:
-                return await work(caller, request, context)
+                await work(caller, context)
             except HansaError as error:
                 await _end(context, error)
             except asyncio.CancelledError:
@@ -229,22 +232,19 @@ class Server:
                     del self._calls[who]
                 self._live.pop(task, None)
                 self._expelled.pop(task, None)
-            raise AssertionError("unreachable")
 
         return handle
 
-    def _call(self, kind: type[Message]) -> Callable[[Identity, bytes, _Context], Awaitable[bytes]]:
-        async def work(caller: Identity, request: bytes, context: _Context) -> bytes:
-            reply = await self._handlers.call(caller, protocol.decode(kind, request))
+    def _call(self, kind: type[Message]) -> _Work:
+        async def work(caller: Identity, context: _Context) -> None:
+            reply = await self._handlers.call(caller, protocol.decode(kind, await self._read(context)))
             assert isinstance(reply, kind.reply), f"{kind.__name__} was answered by {type(reply).__name__}"  # type: ignore[attr-defined]
-            return protocol.encode(reply)
+            await context.write(protocol.encode(reply))
 
         return work
 
-    def _events(
-        self, kind: type[Message], events: Callable[[Identity, Any], AsyncIterator[Message]]
-    ) -> Callable[[Identity, bytes, _Context], Awaitable[None]]:
-        async def work(caller: Identity, _: Any, context: _Context) -> None:
+    def _events(self, kind: type[Message], events: Callable[[Identity, Any], AsyncIterator[Message]]) -> _Work:
+        async def work(caller: Identity, context: _Context) -> None:
             source = events(caller, protocol.decode(kind, await self._read(context)))
             try:
                 async for event in source:
@@ -255,7 +255,7 @@ class Server:
 
         return work
 
-    async def _download(self, caller: Identity, _: Any, context: _Context) -> None:
+    async def _download(self, caller: Identity, context: _Context) -> None:
         get = protocol.decode(Get, await self._read(context))
         path, manifest = await _beating(context, self._handlers.source(caller, get))
         if get.ranges is None:
@@ -282,7 +282,7 @@ class Server:
             await _settled(ahead)
             os.close(descriptor)
 
-    async def _upload(self, caller: Identity, _: Any, context: _Context) -> None:
+    async def _upload(self, caller: Identity, context: _Context) -> None:
         offer = protocol.decode(Offer, await self._read(context))
         if offer.manifest_bytes > MAX_MANIFEST_BYTES:
             raise WireError(f"A manifest of {offer.manifest_bytes} bytes is too long.")
