@@ -6,16 +6,17 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-postgres check format schema
+.PHONY: help setup quickstart test test-postgres test-s3 check format schema
 
 help:
-	@echo "make setup       make .venv with everything that running and testing Hansa needs"
-	@echo "make quickstart  set up, then run the main job: hansa quickstart"
-	@echo "make test        set up, then run the tests"
-	@echo "make test-postgres  set up, then run the server's tests on a PostgreSQL of their own (Debian: postgresql)"
-	@echo "make check       set up, then run formatter, linter, strict type checker and import-linter"
-	@echo "make format      set up, then format and mend what the linter can"
-	@echo "make schema      set up, then write docs/job.schema.json from the job's model"
+	@echo "make setup         make .venv with everything that running and testing Hansa needs"
+	@echo "make quickstart    set up, then run the main job: hansa quickstart"
+	@echo "make test          set up, then run the tests"
+	@echo "make test-postgres set up, then run the server's tests on a PostgreSQL of their own (Debian: postgresql)"
+	@echo "make test-s3       set up, install moto's S3 server beside it, then run the tests of files that go there"
+	@echo "make check         set up, then run formatter, linter, strict type checker and import-linter"
+	@echo "make format        set up, then format and mend what the linter can"
+	@echo "make schema        set up, then write docs/job.schema.json from the job's model"
 
 setup: .venv/.ready
 
@@ -36,6 +37,12 @@ test: setup
 
 test-postgres: setup
 	$(BIN)/python -m pytest -m postgres -rs tests/server
+
+# moto imitates S3's protocol; its many dependencies stay out of the environment that is tested.
+test-s3: setup
+	$(PYTHON) -m venv .venv/s3
+	.venv/s3/bin/python -m pip install -q 'moto[server]==5.*'
+	HANSA_TEST_S3_SERVER=.venv/s3/bin/moto_server $(BIN)/python -m pytest -rs tests/server/test_blobs.py
 
 check: setup
 	$(BIN)/ruff format --check .

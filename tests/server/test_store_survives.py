@@ -147,8 +147,9 @@ def test_a_server_whose_session_was_cut_can_be_taken_over_and_is_fenced(fresh_da
 
 
 def test_looking_changes_nothing(database: Database) -> None:
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError, match="no server's database"):
         Store.view(database.url, database.directory)
+    assert list(database.directory.iterdir()) == []
     with contextlib.closing(database.open()) as store:
         store.audit("ann", "lead", "submit", "j", "ok")
     with contextlib.closing(Store.view(database.url, database.directory)) as view:

@@ -67,6 +67,7 @@ jobs = Table(
     Column("size", BigInteger, nullable=False),
     Column("state", String(20), nullable=False, index=True),
     Column("error", Text, nullable=False),
+    Column("kind", String(40), nullable=False),
     Column("created", String(40), nullable=False),
     Column("started", String(40), nullable=False),
     Column("ended", String(40), nullable=False),

@@ -88,6 +88,7 @@ class JobRow:
         size: bytes it holds at the server.
         state: where it stands.
         error: why it failed.
+        kind: the name of that error's class in :mod:`hansa.errors`, or of a defect's.
         created, started, ended: ISO 8601, UTC; empty where it has not happened.
     """
 
@@ -101,6 +102,7 @@ class JobRow:
     size: int
     state: JobState
     error: str
+    kind: str
     created: str
     started: str
     ended: str
@@ -180,6 +182,8 @@ class Store:
         self._engine = engine
         self._writer = engine.execution_options(immediate=True)
         self._name = name
+        sqlite = engine.dialect.name == "sqlite"
+        self._file = Path(str(engine.url.database)) if sqlite else None
         self._token = ""
         self._held = contextlib.ExitStack()
         # A server is one process, so a lock makes what is read in a write transaction hold until it ends.
@@ -217,13 +221,18 @@ class Store:
             VersionError: another release made its tables.
         """
         store = cls._connect(url, directory)
-        with store._reported(), store._engine.connect() as connection:
-            revision = _revision(connection)
-        if revision != schema.REVISION:
-            store.close()
+        try:
+            if store._file is not None and not store._file.is_file():
+                raise StorageError(f"There is no server's database at {store._name}.")
+            with store._reported(), store._engine.connect() as connection:
+                revision = _revision(connection)
             if revision is None:
                 raise StorageError(f"There is no server's database at {store._name}.")
-            raise VersionError(f"The database {store._name} was made by another release (schema {revision}).")
+            if revision != schema.REVISION:
+                raise VersionError(f"The database {store._name} was made by another release (schema {revision}).")
+        except BaseException:
+            store.close()
+            raise
         return store
 
     @classmethod
@@ -258,9 +267,8 @@ class Store:
     def _own(self) -> None:
         """Take the lock of the database, bring the tables up to date, and become their owner."""
         with self._reported():
-            if self._engine.dialect.name == "sqlite":
-                path = Path(str(self._engine.url.database))
-                self._held.enter_context(_locked(path.with_name(f"{path.name}.lock")))
+            if self._file is not None:
+                self._held.enter_context(_locked(self._file.with_name(f"{self._file.name}.lock")))
                 with self._engine.connect() as connection:
                     verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
                     if verdict != "ok":
@@ -357,7 +365,7 @@ class Store:
                     "Delete finished jobs."
                 )
             values = {"id": id, "name": name, "submitter": submitter, "key": key, "bundle": bundle, "rounds": rounds}
-            rest = {"round": 0, "size": size, "state": "queued", "error": "", "started": "", "ended": ""}
+            rest = {"round": 0, "size": size, "state": "queued", "error": "", "kind": "", "started": "", "ended": ""}
             connection.execute(jobs.insert().values(**values, **rest, created=now()))
             return id
 
@@ -383,7 +391,7 @@ class Store:
             found = {str(state): int(count) for state, count in connection.execute(query)}
         return {state: found.get(state, 0) for state in schema.JOB_STATES}
 
-    def set_state(self, id: str, state: JobState, error: str = "") -> JobRow:
+    def set_state(self, id: str, state: JobState, error: str = "", kind: str = "") -> JobRow:
         """Move a job to another state and return it; moving it to where it stands changes nothing.
 
         A job that is queued again asks anew the sites that had no update for its unfinished round.
@@ -397,7 +405,7 @@ class Store:
                 return job
             if job.state not in _MOVES[state]:
                 raise JobError(f"The job is {job.state}; it can't become {state}.", job=id)
-            values: dict[str, Any] = {"state": state, "error": _clean(error)}
+            values: dict[str, Any] = {"state": state, "error": _clean(error), "kind": _clean(kind)[:40]}
             if state == "running":
                 values["started"] = job.started or now()
             values["ended"] = now() if state in ("finished", "failed", "aborted") else ""

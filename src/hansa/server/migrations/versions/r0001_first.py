@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("size", sa.BigInteger, nullable=False),
         sa.Column("state", sa.String(20), nullable=False),
         sa.Column("error", sa.Text, nullable=False),
+        sa.Column("kind", sa.String(40), nullable=False),
         sa.Column("created", sa.String(40), nullable=False),
         sa.Column("started", sa.String(40), nullable=False),
         sa.Column("ended", sa.String(40), nullable=False),
