@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hansa.core.config import Job, load
     from hansa.core.optimizer import adagrad, adam, sgd, yogi
     from hansa.errors import HansaError
+    from hansa.federation import Federation
     from hansa.loop import Process, State, process
     from hansa.runs.run import Run
     from hansa.simulation.run import run
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hansa.strategies.scaffold import scaffold
 
 _HOMES = {
+    "Federation": "hansa.federation",
     "HansaError": "hansa.errors",
     "Job": "hansa.core.config",
     "Process": "hansa.loop",
@@ -56,6 +58,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Federation",
     "HansaError",
     "Job",
     "Process",

@@ -176,6 +176,9 @@ class Lines:
         ]
         self._print(", ".join(parts))
 
+    def doing(self, site: str, text: str) -> None:
+        """What a site is at this moment is no line."""
+
     def say(self, text: str) -> None:
         """Print it."""
         self._print(text)
@@ -239,6 +242,11 @@ class Screen:
             row.loss = metrics.get(TRAINING + "loss", row.loss)
             if self._tally.metric:
                 row.metric = metrics.get(self._tally.metric, row.metric)
+
+    def doing(self, site: str, text: str) -> None:
+        """Show it in the site's row."""
+        row = self._rows.setdefault(site, _Row())
+        row.doing, row.style = text, ""
 
     def say(self, text: str) -> None:
         """Print it above the live part."""

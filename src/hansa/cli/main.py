@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from hansa.cli import pki, server, site
+from hansa.cli import lab, pki, server, site
 from hansa.errors import DEFECT, HansaError, InterruptedRunError
 
 app = typer.Typer(
@@ -198,6 +198,7 @@ app.command()(pki.provision)
 app.add_typer(pki.app)
 app.add_typer(server.app)
 app.add_typer(site.app)
+app.add_typer(lab.app)
 
 
 if __name__ == "__main__":

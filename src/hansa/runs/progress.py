@@ -34,6 +34,10 @@ class Progress(Protocol):
         """A round is over and on disk."""
         ...
 
+    def doing(self, site: str, text: str) -> None:
+        """Tell what a site that is far away is at now; nothing if ``text`` is empty."""
+        ...
+
     def say(self, text: str) -> None:
         """Tell something once."""
         ...
@@ -55,6 +59,9 @@ class Silent:
         """Show nothing."""
 
     def round(self, record: RoundRecord) -> None:
+        """Show nothing."""
+
+    def doing(self, site: str, text: str) -> None:
         """Show nothing."""
 
     def say(self, text: str) -> None:
