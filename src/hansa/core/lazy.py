@@ -63,6 +63,11 @@ class Leaf:
         flat = array.reshape(-1)
         return cls(array.shape, array.dtype, lambda start, stop, memo: flat[start:stop], array)
 
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Leaf:
+        """Return zeros."""
+        return cls(shape, dtype, lambda start, stop, memo: np.zeros(stop - start, dtype))
+
     @property
     def size(self) -> int:
         """Number of elements."""

@@ -136,9 +136,11 @@ def lazily(tree: Tree) -> Tree:
     if num_bytes(tree) <= LARGE:
         return tree
     held: Mapping[str, Any] = leaves(tree)
-    return {
-        name: typed(Array, Leaf.of(leaf)) if leaf.ndim and not is_leaf(leaf) else leaf for name, leaf in held.items()
-    }
+    return {name: _lazy(leaf) if leaf.ndim else np.asarray(leaf) for name, leaf in held.items()}
+
+
+def _lazy(leaf: Any) -> Array:
+    return typed(Array, leaf if is_leaf(leaf) else Leaf.of(leaf))
 
 
 def arrays(tree: Tree) -> Tree:
@@ -218,7 +220,12 @@ def times(tree: Tree, factor: float) -> dict[str, Array]:
 
 def zeros_like(tree: Tree, dtype: np.dtype[Any] | None = None) -> dict[str, Array]:
     """Return zeros of the same shapes, in ``dtype`` or each leaf's own."""
-    return {name: np.zeros(leaf.shape, dtype or leaf.dtype) for name, leaf in tree.items()}
+    return {
+        name: tensor(Leaf.zeros(leaf.shape, dtype or leaf.dtype))
+        if is_leaf(leaf)
+        else np.zeros(leaf.shape, dtype or leaf.dtype)
+        for name, leaf in tree.items()
+    }
 
 
 def cast(tree: Tree, dtypes: Mapping[str, str]) -> dict[str, Array]:
