@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ from hypothesis.extra import numpy as hnp
 
 from hansa.core import tree as trees
 from hansa.core import wire
+from hansa.core.lazy import Leaf
 from hansa.core.values import Plan, Update
 from hansa.errors import ChecksumError, NonFiniteError, StorageError, VersionError, WireError
 
@@ -466,6 +468,99 @@ def test_random_splices_of_good_values_never_pass_for_another_value() -> None:
         except WireError:
             continue
         assert spliced in good
+
+
+# --- large values, read when they are asked for --------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(trees, "LARGE", 0)
+    rng = np.random.default_rng(0)
+    tree = {
+        "w": rng.normal(size=(3, trees.BLOCK)).astype(np.float32),
+        "odd": rng.normal(size=trees.BLOCK + 5),
+        "flags": np.array([True, False, True]),
+        "none": np.zeros((0, 3), np.float16),
+        "scalar": np.array(4.0),
+    }
+    with (tmp_path / "plan").open("wb") as file:
+        wire.write_plan(file, Plan("job", 1, "train", 0, tree, {"control": {"w": tree["w"] * 2}}))
+    return tmp_path / "plan"
+
+
+def test_a_plan_read_when_it_is_asked_for_is_the_plan_read_whole(stored: Path) -> None:
+    with stored.open("rb") as file:
+        whole = wire.read_plan(file)
+    lazy = wire.open_plan(stored)
+    assert isinstance(lazy.params, trees.Lazy)
+    stored.unlink()  # the file is held open
+    assert_same({"params": whole.params, **whole.parts}, {"params": lazy.params, **lazy.parts})
+    held = trees.leaves(lazy.params)["w"]
+    np.testing.assert_array_equal(held[5 : trees.BLOCK + 9], whole.params["w"].reshape(-1)[5 : trees.BLOCK + 9])
+
+
+def test_damage_is_found_when_it_is_read_and_only_there(stored: Path) -> None:
+    data = bytearray(stored.read_bytes())
+    data[-100] ^= 1  # in the last block of the last tensor, "w" of "params"
+    stored.write_bytes(data)
+    plan = wire.open_plan(stored)
+    assert plan.params["odd"].size == trees.BLOCK + 5
+    assert trees.leaves(plan.params)["w"][: 2 * trees.BLOCK].size == 2 * trees.BLOCK
+    with pytest.raises(ChecksumError, match="tensor 'w' of 'params'"):
+        np.asarray(plan.params["w"])
+    with pytest.raises(ChecksumError), (stored.parent / "copy").open("wb") as file:
+        wire.write_plan(file, plan)
+
+
+def test_every_flipped_byte_is_found_by_the_time_all_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "LARGE", 0)
+    data = encode(SMALL)
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 0x80
+        (tmp_path / "u").write_bytes(damaged)
+        with pytest.raises(WireError):
+            [dict(tree) for tree in wire.open_parts(tmp_path / "u")[1].values()]
+
+
+@pytest.mark.parametrize("change", [-1, 1, -100_000])
+def test_a_file_that_is_too_short_or_too_long_is_found_at_once(stored: Path, change: int) -> None:
+    data = stored.read_bytes()
+    stored.write_bytes(data[:change] if change < 0 else data + bytes(change))
+    with pytest.raises(WireError, match="ends"):
+        wire.open_plan(stored)
+
+
+def test_a_file_cut_while_it_is_open_is_an_error(stored: Path) -> None:
+    plan = wire.open_plan(stored)
+    with stored.open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(WireError, match="ends inside"):
+        np.asarray(plan.params["w"])
+
+
+def descriptors() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def test_descriptors_are_closed_with_the_last_leaf(stored: Path) -> None:
+    before = descriptors()
+    plans = [wire.open_plan(stored) for _ in range(20)]
+    leaf = trees.leaves(plans[0].params)["w"]
+    assert descriptors() == before + 20
+    del plans
+    gc.collect()
+    assert descriptors() == before + 1
+    assert leaf[:3].size == 3
+
+
+def test_a_large_update_that_is_not_finite_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = NonFiniteError("Tensor 'w' is not finite.")
+    parts = {"delta": trees.checked({"w": Leaf.of(np.array([1.0, np.nan]))}, lambda name: error)}
+    with pytest.raises(NonFiniteError):
+        wire.spool(Update("berlin", 1, 0, parts, 1.0, {}), tmp_path / "u")
+    assert not [*tmp_path.iterdir()]
 
 
 # --- spooled updates -----------------------------------------------------------------------------------------

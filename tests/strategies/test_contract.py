@@ -7,14 +7,22 @@ import itertools
 import numpy as np
 import pytest
 
+from hansa.client import work
 from hansa.client.functional import Examples, FunctionalProgram
-from hansa.core import wire
+from hansa.client.work import perform
+from hansa.core import fold as folds
+from hansa.core import settle, wire
+from hansa.core import tree as trees
 from hansa.core.config import TrainSection
 from hansa.core.fold import Fold
 from hansa.core.optimizer import adam, sgd
+from hansa.core.ports import Work
 from hansa.core.strategy import Steps
 from hansa.core.tree import layout_of
 from hansa.core.values import Aggregate, Model, Plan, Update
+from hansa.filters.cast import cast
+from hansa.filters.clip import clip
+from hansa.filters.weigh import weigh
 from hansa.strategies.fedavg import fedavg
 from hansa.strategies.fedavgm import fedavgm
 from hansa.strategies.fedopt import fedadagrad, fedadam, fedyogi
@@ -84,8 +92,8 @@ def zero(strategy):
 
 
 def bits(model, state):
-    trees = {"model": model.params, **state}
-    return {(part, name): leaf.tobytes() for part, tree in trees.items() for name, leaf in tree.items()}
+    found = {"model": model.params, **state}
+    return {(part, name): leaf.tobytes() for part, tree in found.items() for name, leaf in tree.items()}
 
 
 def walked(strategy, rounds=3):
@@ -118,6 +126,50 @@ def test_a_step_reads_only_its_arguments_and_leaves_them_alone(strategy):
     assert bits(model, state) == before
     assert all((aggregate.sums[part][n] == leaf).all() for part, tree in sums.items() for n, leaf in tree.items())
     assert bits(*first[:2]) != before, "the step must have done something"
+
+
+def test_a_large_model_takes_the_same_steps_to_the_bit(strategy, tmp_path, monkeypatch):
+    """Whatever is computed a block at a time into files, and read back from them, is what arrays in memory give."""
+    expected = bits(*walked(strategy))
+    monkeypatch.setattr(trees, "LARGE", 0)
+    monkeypatch.setattr(folds, "MAP_BYTES", 0)
+    model, state = settle.start(strategy, PARAMS, tmp_path)
+    for seed in range(3):
+        settled, _ = settle.step(strategy, model, state, folded(strategy, updates(strategy, seed)), tmp_path)
+        assert settle.MODEL in settled.files
+        model, state = settled.model, settled.state
+    assert bits(model, state) == expected
+
+
+def test_a_site_sends_the_same_bits_of_a_large_model(strategy, tmp_path, monkeypatch):
+    """The plan read from its file, the update and what the site remembers computed while they are written."""
+
+    class Program:
+        def train(self, site, plan, correction):
+            grads = {name: np.full_like(leaf, 0.1) for name, leaf in moving(plan.params).items()}
+            if correction:
+                grads = correction.adjust(correction.context, plan.params, grads)
+            end = {name: plan.params[name] - np.float32(0.3) * g for name, g in grads.items()}
+            return Work({**plan.params, **end}, 100.0, Steps(2, 0.6), {})
+
+    def rounds(folder):
+        folder.mkdir()
+        sent, memory = strategy.sent(walked(strategy)[1]), {}
+        for number in (1, 2):
+            with (folder / "plan").open("wb") as file:
+                wire.write_plan(file, Plan("job", number, "train", 0, PARAMS, sent))
+            plan = wire.open_plan(folder / "plan")
+            update, memory, _ = perform(Program(), strategy, [clip(0.2), weigh(), cast()], plan, "s0", memory)
+            with (folder / f"memory-{number}").open("wb") as file:
+                wire.write(file, "memory", {}, memory.get("strategy", {}))
+            memory = {"strategy": wire.open_parts(folder / f"memory-{number}")[1]} if memory else {}
+            wire.spool(update, folder / f"update-{number}")
+        return [(folder / name).read_bytes() for name in ("update-1", "update-2", "memory-2")]
+
+    monkeypatch.setattr(work.time, "perf_counter", lambda: 0.0)
+    expected = rounds(tmp_path / "small")
+    monkeypatch.setattr(trees, "LARGE", 0)
+    assert rounds(tmp_path / "large") == expected
 
 
 def test_two_builds_of_it_do_the_same(strategy, request):
