@@ -8,10 +8,18 @@ or an agent that was killed goes on from what is on disk.
 | case | result |
 |---|---|
 | the server can't be reached, the network stalls | tried again for ever; work in hand goes on |
-| a proxy cuts the stream each time | long polls in their place |
+| the server fails (its disk is full, a defect) | tried again with growing pauses; a finished answer waits meanwhile |
+| the server does not take an answer, for good | after ``REFUSALS`` tries the answer is ``lost``, with the reason |
+| a proxy cuts the stream each time, or lets nothing through | long polls in its place, and now and then a stream |
 | the agent is killed | finished answers are sent again as they are; what was being trained starts again |
 | the disk is full | tried again with growing pauses; after ``PATIENCE_S`` the answer is ``lost``, with the reason |
+| a defect in one task | its answer is ``lost``, with the reason; the agent's log has the traceback |
+| a task or job leaves the agenda and comes back at once | begun again when what it left behind has ended |
+| the same agenda again and again | asked for ever more slowly |
+| a name that would lead out of the site's folder | that assignment is not taken up |
 | the certificate was revoked or has expired | AccessError: the agent ends, and says what to do |
+| the server speaks another protocol | VersionError: the agent ends |
+| the certificate or roster is renewed, settings change | the first two are used at once, the last by the next start |
 """
 
 from __future__ import annotations
@@ -23,15 +31,17 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from hansa.core import wire
-from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, WireError
+from hansa.core import storage, wire
+from hansa.errors import AccessError, HansaError, JobError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
-from hansa.site.joined import JoinedJob
+from hansa.site.joined import JoinedJob, lost, whole
 from hansa.site.outbox import Entry, Outcome
-from hansa.site.settings import SiteSettings, load
+from hansa.site.settings import FILE, SiteSettings, load
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
     INLINE_BYTES,
@@ -43,7 +53,6 @@ from hansa.transport.messages import (
     AskRoster,
     Assignment,
     Attend,
-    Missing,
     Poll,
     Report,
     Ring,
@@ -54,11 +63,46 @@ from hansa.version import VERSION
 PATIENCE_S = 600.0
 """How long a site tries again when its own disk is full."""
 
+REFUSALS = 3
+"""How often an answer is sent that the server says it will not take."""
+
+WORK = "work"
+
 _LOG = logging.getLogger("hansa.site")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,199}")
 _SHORT_S = 5.0
-_LASTING_S = 0.25
 _POLL_S = 25.0
+_POLLS = 20
+_SHORT_STREAMS = 3
+_MAX_PAUSE_S = 30.0
+
+
+def jobs_folder(directory: Path) -> Path:
+    """Return the folder in which a site keeps a folder a job."""
+    return directory / WORK / "jobs"
+
+
+@dataclass
+class _Doing:
+    """A task in hand: the phase it is in, since when, and how long it had worked when that ended."""
+
+    job: str
+    task: asyncio.Task[None]
+    withdrawn: bool = False
+    phase: str = "waiting"
+    since: float = field(default_factory=time.monotonic)
+    worked_s: float = 0.0
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase."""
+        now = time.monotonic()
+        if self.phase == "working":
+            self.worked_s = now - self.since
+        self.phase, self.since = phase, now
+
+    def seconds(self, now: float) -> float:
+        """Return what the server holds deadlines against: the time at work, which stands still while it is sent."""
+        return self.worked_s if self.phase == "sending" else now - self.since
 
 
 class Agent:
@@ -66,22 +110,25 @@ class Agent:
 
     Args:
         directory: the site's folder: its kit and ``site.toml``; what it keeps goes to ``work`` inside it.
+
+    Raises:
+        HansaError: kit or settings can't be used.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._kit = Kit(directory)
-        self._settings: SiteSettings = load(directory / "site.toml")
+        self._settings: SiteSettings = load(directory / FILE)
         self.site = self._kit.identity.name
-        self._jobs_folder = directory / "work" / "jobs"
+        self._jobs_folder = jobs_folder(directory)
         self._jobs: dict[str, JoinedJob] = {}
-        self._doing: dict[str, asyncio.Task[None]] = {}
-        self._phases: dict[str, tuple[str, float]] = {}
+        self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._doing: dict[str, _Doing] = {}
         self._news = asyncio.Event()
         self._activity = asyncio.Event()
         self._lease_s = 60.0
         self._sequence = 0
-        self._roster = 0
+        self._newest_roster = 0
 
     async def run(self, joined: asyncio.Event | None = None) -> None:
         """Take part until cancelled.
@@ -91,199 +138,311 @@ class Agent:
 
         Raises:
             AccessError: the server does not admit this site.
-            StorageError: another agent works in this folder.
+            VersionError: it speaks another protocol.
+            StorageError: another agent works in this folder, or it can't be written.
         """
-        self._jobs_folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self._directory / "work" / ".lock"):
-            try:
-                async with (
-                    Connection(
-                        self._kit, self._settings.server, proxy=self._settings.proxy, patience_s=None
-                    ) as connection,
-                    asyncio.TaskGroup() as group,
-                ):
-                    group.create_task(self._listen(connection))
-                    group.create_task(self._report(connection))
-                    group.create_task(self._follow_agenda(connection, joined))
-            except BaseExceptionGroup as failed:
-                found = failed.split(AccessError)[0]
-                raise (found.exceptions[0] if found else failed.exceptions[0]) from None
-            finally:
-                for task in self._doing.values():
-                    task.cancel()
-                await asyncio.gather(*self._doing.values(), return_exceptions=True)
-                await asyncio.gather(*(job.close() for job in self._jobs.values()))
+        with _locked(self._directory / WORK):
+            self._jobs_folder.mkdir(exist_ok=True)
+            async with Connection(
+                self._kit, self._settings.server, proxy=self._settings.proxy, patience_s=None
+            ) as connection:
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(_persistent("The doorbell", lambda: self._listen(connection)))
+                        group.create_task(_persistent("A report", lambda: self._report(connection)))
+                        group.create_task(_persistent("The agenda", lambda: self._follow_agenda(connection, joined)))
+                except BaseExceptionGroup as failed:
+                    raise _first(failed) from None
+                finally:
+                    await self._end()
+
+    async def _end(self) -> None:
+        """End all work, its processes too; what is finished waits on disk."""
+        tasks = [doing.task for doing in self._doing.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._leaving.values(), *(job.close() for job in self._jobs.values()))
+
+    # The doorbell
 
     async def _listen(self, connection: Connection) -> None:
         """Hear the doorbell, by a stream while streams last."""
         short = 0
         while True:
-            begun = time.monotonic()
-            streams = self._settings.doorbell and short < 3
+            streams = self._settings.doorbell and short < _SHORT_STREAMS
+            begun, rings = time.monotonic(), 0
             try:
                 async for ring in self._rings(connection) if streams else self._polls(connection):
+                    rings += 1
                     self._hear(ring)
             except UnreachableError as error:
                 _LOG.info("The doorbell's line was cut: %s", error.message)
-            short = short + 1 if streams and time.monotonic() - begun < _SHORT_S else 0
-            self._news.set()
+            self._news.set()  # it may have rung unheard
+            if not streams:
+                short = 0
+                continue
+            short = short + 1 if rings < 2 or time.monotonic() - begun < _SHORT_S else 0
+            if short == _SHORT_STREAMS:
+                _LOG.warning("The doorbell's stream is cut each time; asking by long polls. (site.toml: doorbell)")
             await asyncio.sleep(min(1.0, 0.05 * 2**short))
 
     async def _rings(self, connection: Connection) -> AsyncIterator[Ring]:
-        stream = connection.attend(Attend(PROTOCOL, VERSION)).__aiter__()
-        while True:
-            try:
-                yield await asyncio.wait_for(stream.__anext__(), self._lease_s)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise UnreachableError(f"no sign of life for {self._lease_s:g} s") from None
+        async with contextlib.aclosing(connection.attend(Attend(PROTOCOL, VERSION))) as stream:  # type: ignore[type-var]
+            while True:
+                try:
+                    yield await asyncio.wait_for(anext(stream), self._lease_s)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise UnreachableError(f"no sign of life for {self._lease_s:g} s") from None
 
     async def _polls(self, connection: Connection) -> AsyncIterator[Ring]:
-        for _ in range(20):
+        for _ in range(_POLLS):
             yield await connection.call(Poll(PROTOCOL, VERSION, self._sequence, min(_POLL_S, self._lease_s / 2)))
 
     def _hear(self, ring: Ring) -> None:
-        self._lease_s = max(ring.lease_s, 1.0)
-        self._roster = max(self._roster, ring.roster)
-        if ring.sequence != self._sequence or self._roster > self._kit.roster().version:
+        self._lease_s = min(max(ring.lease_s, 1.0), 3600.0)
+        if ring.sequence != self._sequence or ring.roster > self._newest_roster:
+            self._newest_roster = max(self._newest_roster, ring.roster)
             self._news.set()
 
+    # The agenda
+
     async def _follow_agenda(self, connection: Connection, joined: asyncio.Event | None) -> None:
+        last, pause = None, 0.0
         while True:
+            self._news.clear()
             agenda = await connection.call(AskAgenda([*self._doing]))
             self._sequence = agenda.sequence
             if joined is not None:
                 joined.set()
             await self._take_up(connection, agenda)
-            if self._roster > self._kit.roster().version:
-                await self._renew_roster(connection)
+            await self._renew_roster(connection)
+            shown = (agenda.jobs, [given.task for given in agenda.assignments])
+            pause = min(max(2 * pause, 0.01), 1.0) if shown == last else 0.0
+            last = shown
+            await asyncio.sleep(pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), self._lease_s)
-            self._news.clear()
 
     async def _renew_roster(self, connection: Connection) -> None:
-        text = (await connection.call(AskRoster())).text
+        """Take over the server's roster if it told of a newer one; only its authority can have made that."""
+        if self._newest_roster <= self._kit.roster().version:
+            return
         try:
-            self._kit.update_roster(text)
-        except HansaError as error:
+            self._kit.update_roster((await connection.call(AskRoster())).text)
+        except (WireError, AccessError, StorageError) as error:
             _LOG.warning("The server's roster was not taken over: %s", error.message)
+            self._newest_roster = 0
 
     async def _take_up(self, connection: Connection, agenda: Agenda) -> None:
-        wanted = {given.task: given for given in agenda.assignments if self._sound(given)}
-        for name in [name for name in self._doing if name not in wanted]:
-            _LOG.info("%s is not wanted any more", name)
-            self._doing.pop(name).cancel()
-        for id in [id for id in self._jobs if id not in agenda.jobs]:
-            await self._leave(id)
-        for path in self._jobs_folder.iterdir():
-            if path.name not in agenda.jobs and path.name not in self._jobs:
-                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+        jobs = {id for id in agenda.jobs if _is_name(id)}
+        wanted = {given.task: given for given in agenda.assignments if given.job in jobs and _sound(given)}
+        for name, doing in self._doing.items():
+            if name not in wanted and not doing.withdrawn:
+                _LOG.info("%s is not wanted any more", name)
+                doing.withdrawn = True
+                doing.task.cancel()
+        for id in [id for id in self._jobs if id not in jobs]:
+            self._leaving[id] = asyncio.create_task(self._leave(id, self._jobs.pop(id)))
         for given in wanted.values():
-            if given.task not in self._doing:
-                job = self._joined(given.job)
-                task = asyncio.create_task(self._do(connection, job, given))
-                self._doing[given.task] = task
-                task.add_done_callback(lambda task, name=given.task: self._done(name, task))  # type: ignore[misc]
-        for id, job in self._jobs.items():
-            job.outbox.keep_only(given.task for given in wanted.values() if given.job == id)
+            if given.task not in self._doing and given.job not in self._leaving:
+                self._begin(connection, given)
+        await whole(partial(self._sweep, jobs, {*wanted, *self._doing}))
 
-    def _sound(self, given: Assignment) -> bool:
-        """Names become folders here, so a name that could lead elsewhere is refused."""
-        names = (given.task, given.job, *([given.plan] if given.plan else []))
-        return all(_NAME.fullmatch(name) and ".." not in name for name in names)
+    def _begin(self, connection: Connection, given: Assignment) -> None:
+        try:
+            job = self._joined(given.job)
+        except StorageError as error:  # asked for again with the next agenda
+            _LOG.warning("Job %s can't be joined: %s", given.job, error.message)
+            return
+        task = asyncio.create_task(self._do(connection, job, given))
+        self._doing[given.task] = _Doing(given.job, task)
+        task.add_done_callback(partial(self._done, given.task))
+
+    def _sweep(self, jobs: set[str], tasks: set[str]) -> None:
+        """Delete what jobs of an earlier life of this agent have left, and answers that nobody waits for."""
+        for path in self._jobs_folder.iterdir():
+            if path.name not in jobs and path.name not in self._jobs and path.name not in self._leaving:
+                shutil.rmtree(path, ignore_errors=True)
+        for job in [*self._jobs.values()]:
+            job.outbox.keep_only(tasks)
 
     def _joined(self, id: str) -> JoinedJob:
         if id not in self._jobs:
-            folder = self._jobs_folder / id
-            self._jobs[id] = JoinedJob(id, self.site, self._kit, self._settings, folder)
+            self._jobs[id] = JoinedJob(id, self.site, self._kit, self._settings, self._jobs_folder / id)
         return self._jobs[id]
 
-    async def _leave(self, id: str) -> None:
-        job = self._jobs.pop(id)
-        _LOG.info("Job %s is over here", id)
-        await job.close()
-        await asyncio.to_thread(job.forget)
+    async def _leave(self, id: str, job: JoinedJob) -> None:
+        try:
+            await job.close()
+            if ending := [doing.task for doing in self._doing.values() if doing.job == id]:
+                await asyncio.wait(ending)
+            await whole(job.forget)
+            _LOG.info("Job %s is over here", id)
+        finally:
+            del self._leaving[id]
+            self._news.set()
+
+    # Tasks
 
     def _done(self, name: str, task: asyncio.Task[None]) -> None:
-        self._phases.pop(name, None)
-        if self._doing.get(name) is task:
-            del self._doing[name]
+        del self._doing[name]
         if not task.cancelled() and task.exception() is not None:
             _LOG.error("%s ended in a defect", name, exc_info=task.exception())
-            self._news.set()
+        self._news.set()
 
     async def _do(self, connection: Connection, job: JoinedJob, given: Assignment) -> None:
         """Bring one assignment to its acknowledged answer."""
-        entry = job.outbox.find(given.task)
-        try:
-            if entry is None:
-                _LOG.info("%s: begun", given.task)
-                entry = await self._answered(connection, job, given)
-            self._at(given.task, "sending")
-            await self._send(connection, job, given, entry)
-        except asyncio.CancelledError:
-            if entry is None:
-                await job.stop("the task was withdrawn")
-            raise
-        job.outbox.acknowledged(given.task)
+        entry = await self._answered(connection, job, given)
+        self._at(given.task, "sending")
+        refusals = 0
+        pauses = _pauses()
+        while True:
+            try:
+                await self._send(connection, job, given, entry)
+                break
+            except (JobError, WireError) as error:
+                refusals += 1
+                _LOG.warning("%s: the server does not take the answer: %s", given.task, error.message)
+                if refusals == REFUSALS and entry.outcome.missing is None:
+                    reason = f"The server did not take the site's answer: {error.message}"
+                    entry = await self._concluded(job, given, lost(reason))
+            except HansaError as error:
+                _LOG.warning("%s: the answer waits: %s", given.task, error.message)
+                self._news.set()  # where this site is admitted no more, the agenda says so and the agent ends
+            await asyncio.sleep(next(pauses))
+        await whole(lambda: job.outbox.acknowledged(given.task))
         _LOG.info("%s: answered", given.task)
 
     async def _answered(self, connection: Connection, job: JoinedJob, given: Assignment) -> Entry:
+        """Return the finished answer, durable: found on disk, or made now."""
         begun = time.monotonic()
-        pause = 1.0
+        pauses = _pauses()
         while True:
             try:
+                entry = await whole(lambda: job.outbox.find(given.task))
+                if entry is not None:
+                    return entry
+                _LOG.info("%s: begun (%s, round %d of %s)", given.task, given.kind, given.round, given.job)
                 outcome = await job.answer(connection, given, lambda phase: self._at(given.task, phase))
-                return await asyncio.to_thread(job.outbox.finish, given.task, outcome)
-            except StorageError as error:
-                _LOG.warning("%s: %s", given.task, error.message)
-                if time.monotonic() - begun > PATIENCE_S:
-                    job.outbox.begin(given.task)
-                    return job.outbox.finish(given.task, Outcome(missing=Missing("lost", error.message[:4096])))
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 30.0)
-            except (WireError, AccessError) as error:
+                return await whole(partial(job.outbox.finish, given.task, outcome))
+            except HansaError as error:
+                _LOG.warning("%s: tried again: %s", given.task, error.message)
+                reason = error.message
+                self._news.set()
+            except Exception as error:  # noqa: BLE001 - one task's defect must not end the others
+                _LOG.exception("%s: a defect", given.task)
+                return await self._concluded(job, given, lost(f"A defect at the site: {type(error).__name__}: {error}"))
+            if time.monotonic() - begun > PATIENCE_S:
+                return await self._concluded(job, given, lost(reason))
+            self._at(given.task, "waiting")
+            await asyncio.sleep(next(pauses))
+
+    async def _concluded(self, job: JoinedJob, given: Assignment, outcome: Outcome) -> Entry:
+        """Return an answer that says why there is none; where not even that can be kept, it lives in memory."""
+
+        def work() -> Entry:
+            try:
+                job.outbox.acknowledged(given.task)
                 job.outbox.begin(given.task)
-                return job.outbox.finish(given.task, Outcome(missing=Missing("lost", error.message[:4096])))
+                return job.outbox.finish(given.task, outcome)
+            except StorageError:
+                return Entry(outcome, None)
+
+        return await whole(work)
 
     async def _send(self, connection: Connection, job: JoinedJob, given: Assignment, entry: Entry) -> None:
         outcome = entry.outcome
         inline = upload = None
-        if entry.update is not None and outcome.missing is None and outcome.inspected is None:
-            if entry.update.stat().st_size <= INLINE_BYTES:
-                inline = entry.update.read_bytes()
+        path = entry.update
+        if path is not None and outcome.missing is None and outcome.inspected is None:
+            if path.stat().st_size <= INLINE_BYTES:
+                inline = path.read_bytes()
             else:
-                path = entry.update
-                manifest = await asyncio.to_thread(lambda: describe(path, wire.cuts(path)))
+                manifest = await whole(lambda: describe(path, wire.cuts(path)))
                 await connection.upload(job.id, given.task, path, manifest)
                 upload = manifest.digest
         await connection.call(Answer(job.id, given.task, inline, upload, outcome.missing, outcome.inspected))
 
+    # Reports
+
     def _at(self, task: str, phase: str) -> None:
-        self._phases[task] = (phase, time.monotonic())
+        self._doing[task].enter(phase)
         self._activity.set()
 
     async def _report(self, connection: Connection) -> None:
-        """Tell what is being worked on, when it changes and lasts, and often enough to keep the lease."""
+        """Tell what is being worked on: at once when that changes, and often enough to keep the lease."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._activity.wait(), self._lease_s / 4)
-            await asyncio.sleep(_LASTING_S)
             self._activity.clear()
             now = time.monotonic()
-            activities = [
-                Activity(task, phase, now - since)  # type: ignore[arg-type]
-                for task, (phase, since) in self._phases.items()
-            ]
+            activities = [Activity(task, it.phase, it.seconds(now)) for task, it in self._doing.items()]  # type: ignore[arg-type]
             await connection.call(Report(activities))
 
 
+def _is_name(name: str) -> bool:
+    """Say whether a name from the server may become a folder's."""
+    return _NAME.fullmatch(name) is not None and ".." not in name
+
+
+def _sound(given: Assignment) -> bool:
+    names = (given.task, given.job, given.course, *([given.plan] if given.plan else []))
+    sound = all(map(_is_name, names)) and (bool(given.plan) or given.kind == "inspect")
+    if not sound:
+        _LOG.warning("The server assigns something that can't be: %.200r", (given.task, given.kind, given.course))
+    return sound
+
+
+def _pauses() -> Iterator[float]:
+    """Yield ever longer pauses, in seconds."""
+    pause = 0.5
+    while True:
+        yield pause
+        pause = min(2 * pause, _MAX_PAUSE_S)
+
+
+async def _persistent(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Do ``work``, which never ends by itself, again and again whatever the server answers.
+
+    Raises:
+        AccessError, VersionError: no other try would help.
+    """
+    pauses, begun = _pauses(), time.monotonic()
+    while True:
+        try:
+            await work()
+        except (AccessError, VersionError):
+            raise
+        except (HansaError, OSError) as error:
+            _LOG.warning("%s failed and is tried again: %s", what, error)
+        if time.monotonic() - begun > _MAX_PAUSE_S:
+            pauses = _pauses()
+        await asyncio.sleep(next(pauses))
+        begun = time.monotonic()
+
+
+def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that says most: that the site is not admitted, if that is among them."""
+    error: BaseException = failed.split((AccessError, VersionError))[0] or failed
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder, which is made if need be, against other agents."""
+    try:
+        folder.mkdir(exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise storage.full(folder, error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(f"Another agent is at work in {path.parent.parent}.") from None
+            raise StorageError(f"Another agent is at work in {folder.parent}.") from None
         yield

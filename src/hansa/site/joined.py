@@ -1,31 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job at a site: its bundle, checked by the site's policy, and the warm worker process that trains it.
 
-    jobs/ID/bundle.zip  files/     what the submitter signed
+    jobs/ID/bundle.zip  bundle.manifest  files/    what the submitter signed
     jobs/ID/plans/                 the last plan received; its unchanged pieces are not fetched again
     jobs/ID/outbox/                answers on their way
     jobs/ID/work/                  what the site remembers from round to round, errors, ``sites.log``
+    jobs/ID/attach                 where a process that the site's owner starts finds the job (recipe.attached)
 
 | case | result |
 |---|---|
 | the worker dies at work (killed, out of memory, segfault) | started anew, ``ATTEMPTS`` times in all |
 | it dies each time | the answer is ``lost``, with the cause |
 | the recipe or the data raise a Hansa error | the answer is ``refused``, with the reason |
+| a task is withdrawn while it waits its turn | the worker goes on with the one that it is at |
+| a task is withdrawn while it is worked on | the worker ends; what another task needs is started anew |
+| the roster changes | the signature is checked again before the next task: a revoked signer's job is refused |
+| the server changes its mind about what was signed | ``refused``: a job has one bundle |
+| another job brought the same files | they are taken from its bundle instead of fetched |
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from hansa import bundle as bundles
-from hansa.core import wire
+from hansa.core import storage, wire
 from hansa.core.config import Job
-from hansa.core.values import Update
-from hansa.errors import HansaError, PolicyError, SiteError
+from hansa.core.values import Plan, Update
+from hansa.errors import ChecksumError, HansaError, PolicyError, SiteError, StorageError, WireError
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
 from hansa.site import policy
@@ -42,6 +54,25 @@ from hansa.workers.worker import Worker
 ATTEMPTS = 3
 """How often a task is tried when its worker dies of it."""
 
+REASON_LENGTH = 4000
+
+_CLOSE_S = 20.0
+_SPARE_BYTES = 16 << 20
+
+INHERITED = frozenset(
+    {"HOME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"}
+    | {"LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME"}
+    | {"CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
+    | {"HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE", "TORCH_HOME"}
+    | {"DONT_FAKE_MONOTONIC", "FAKETIME", "FAKETIME_NO_CACHE", "FAKETIME_TIMESTAMP_FILE"}
+)
+"""What training gets of the agent's environment: no tokens, no passwords, no proxies."""
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""Only the agent speaks the network: what training needs is in the job's bundle or on this machine."""
+
+_T = TypeVar("_T")
+
 
 class JoinedJob:
     """One job at this site.
@@ -52,6 +83,9 @@ class JoinedJob:
         kit: who the site is and whom it trusts.
         settings: what it allows.
         directory: the job's folder here.
+
+    Raises:
+        StorageError: the folder can't be made.
     """
 
     def __init__(self, id: str, site: str, kit: Kit, settings: SiteSettings, directory: Path) -> None:
@@ -61,16 +95,22 @@ class JoinedJob:
         self._settings = settings
         self._directory = directory
         self._plans = directory / "plans"
-        for folder in (self._plans, directory / "work"):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.outbox = Outbox(directory / "outbox")
+        try:
+            for folder in (self._plans, directory / "work"):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.outbox = Outbox(directory / "outbox")
+        except OSError as error:
+            raise storage.full(directory, error) from error
         self._job: Job | None = None
+        self._admitted_by = -1
         self._joining = asyncio.Lock()
         self._turn = asyncio.Lock()
+        self._closed = False
+        self._wanted: Counter[Path] = Counter()
         self._worker: Worker | None = None
 
     async def answer(self, connection: Connection, given: Assignment, told: Callable[[str], None]) -> Outcome:
-        """Do what is assigned, its update going to the outbox's folder of the task; every failure is an outcome.
+        """Do what is assigned, its update going to the outbox's folder of the task; a failure of it is an outcome.
 
         Args:
             connection: where bundle and plan come from.
@@ -78,13 +118,14 @@ class JoinedJob:
             told: called with each phase: waiting, receiving, working.
 
         Raises:
-            UnreachableError: the server went for good while something was being fetched.
+            HansaError: what is no fault of the job: a full disk, an error of the server.
         """
-        folder = self.outbox.begin(given.task)
+        self._wanted[self._plan_path(given)] += 1
         try:
+            folder = self.outbox.begin(given.task)
             told("receiving")
             job = await self._join(connection, given)
-            plan = None if given.kind == "inspect" else await self._receive(connection, given)
+            plan = None if given.kind == "inspect" else await self._receive(connection, given, job)
             told("waiting")
             async with self._turn:
                 told("working")
@@ -92,73 +133,140 @@ class JoinedJob:
                     found = await self._ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
                     assert isinstance(found, messages.Inspected), found
                     return Outcome(inspected=Inspected(found.counts, found.labels))
-                return await self._perform(job, given, plan, folder / UPDATE)
+                return await self._perform(job, given, *plan, folder / UPDATE)
         except PolicyError as error:
-            return Outcome(missing=Missing("refused", error.message[:4096]))
+            return refused(error.message)
         except SiteError as error:
-            return Outcome(missing=Missing("lost", error.message[:4096]))
+            return lost(error.message)
+        finally:
+            self._wanted -= Counter([self._plan_path(given)])
 
     async def _join(self, connection: Connection, given: Assignment) -> Job:
+        """Return the job as this site runs it, its bundle checked by the roster and settings of now."""
         async with self._joining:
+            path = self._directory / "bundle.zip"
+            described = path.with_suffix(".manifest")
+            if described.exists() and Manifest.decode(await whole(described.read_bytes)).digest != given.bundle:
+                raise PolicyError("The server gave this job another bundle than the one that it began with.")
+            if not (path.exists() and described.exists()):
+                await self._fetch(connection, given.bundle, path, await whole(self._other_bundles))
+            version = self._kit.roster().version
             if self._job is None:
-                path = self._directory / "bundle.zip"
-                if not path.exists():
-                    await connection.download(self.id, given.bundle, path)
-                self._job = await asyncio.to_thread(self._admitted, path)
+                self._job = await whole(partial(self._unpacked, path))
+            elif version != self._admitted_by:
+                await whole(partial(self._admitted, path))
+            self._admitted_by = version
             return self._job
 
-    def _admitted(self, path: Path) -> Job:
+    def _other_bundles(self) -> list[tuple[Path, Manifest]]:
+        found = []
+        for described in self._directory.parent.glob("*/bundle.manifest"):
+            with contextlib.suppress(OSError, HansaError):  # that job may be leaving just now
+                found.append((described.with_suffix(".zip"), Manifest.decode(described.read_bytes())))
+        return found
+
+    def _admitted(self, path: Path) -> bundles.Bundle:
+        """Check the bundle's signature and the site's policy.
+
+        Raises:
+            PolicyError: the site does not take part, and why.
+            StorageError: the bundle can't be read.
+        """
         try:
             bundle = bundles.read(path, self._kit.roster())
-            policy.decide(bundle, self._settings)
-            files = self._directory / "files"
-            shutil.rmtree(files, ignore_errors=True)
-            files.mkdir()
-            job = bundles.unpack(path, bundle, files)
-            return policy.localised(job, self._site, self._settings, self._kit.directory)
-        except PolicyError:
+        except StorageError:
             raise
         except HansaError as error:
             raise PolicyError(f"The job's bundle was not accepted: {error.message}") from error
+        policy.decide(bundle, self._site, self._settings)
+        return bundle
 
-    async def _receive(self, connection: Connection, given: Assignment) -> Path:
-        path = self._plans / f"{given.plan}.hansa"
-        if path.exists():
-            return path
-        if given.inline:
-            policy.check_size(len(given.inline), self._settings.policy)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(given.inline)
-            temporary.replace(path)
-        else:
-            limit = self._settings.policy.max_model_bytes
-            await connection.download(self.id, given.plan, path, donors=await self._donors(), max_bytes=limit)
-        for other in self._plans.iterdir():
-            if other != path and other.suffix == ".hansa":
-                other.unlink(missing_ok=True)
-        return path
+    def _unpacked(self, path: Path) -> Job:
+        """Return an admitted bundle's job as this site runs it, its files in place."""
+        bundle = self._admitted(path)
+        files = self._directory / "files"
+        shutil.rmtree(files, ignore_errors=True)
+        try:
+            files.mkdir()
+            job = bundles.unpack(path, bundle, files)
+        except OSError as error:
+            raise storage.full(files, error) from error
+        except WireError as error:
+            raise PolicyError(f"The job's bundle was not accepted: {error.message}") from error
+        return policy.localised(job, self._site, self._settings, self._kit.directory)
 
-    async def _donors(self) -> list[tuple[Path, Manifest]]:
-        return [
-            (path, await asyncio.to_thread(lambda p=path: describe(p, wire.cuts(p))))  # type: ignore[misc]
-            for path in self._plans.glob("*.hansa")
-        ]
+    async def _receive(self, connection: Connection, given: Assignment, job: Job) -> tuple[Path, Plan]:
+        """Return the plan's file and the plan; a large one's tensors stay in the file."""
+        path = self._plan_path(given)
+        if not path.exists():
+            if given.inline:
+                policy.check_size(len(given.inline), self._settings.policy)
+                await whole(lambda: storage.write_atomic(path, given.inline))
+            else:
+                await self._fetch(connection, given.plan, path, await whole(self._other_plans))
+        return path, await whole(lambda: self._opened(path, given, job))
 
-    async def _perform(self, job: Job, given: Assignment, plan: Path, out: Path) -> Outcome:
+    def _plan_path(self, given: Assignment) -> Path:
+        return self._plans / f"{given.plan}.hansa"
+
+    async def _fetch(
+        self, connection: Connection, digest: str, path: Path, donors: list[tuple[Path, Manifest]]
+    ) -> None:
+        """Fetch a file, and keep its manifest beside it, for what it can give to the next one."""
+        limit = self._settings.policy.max_model_bytes
+        try:
+            manifest = await connection.download(self.id, digest, path, donors=donors, max_bytes=limit)
+        except ChecksumError as error:
+            raise SiteError(f"The server's file is damaged: {error.message}") from error
+        except WireError as error:
+            raise PolicyError(f"What the server sends was not accepted: {error.message}") from error
+        await whole(lambda: storage.write_atomic(path.with_suffix(".manifest"), manifest.encode()))
+
+    def _opened(self, path: Path, given: Assignment, job: Job) -> Plan:
+        try:
+            plan = wire.open_plan(path)
+        except StorageError:
+            raise
+        except HansaError as error:
+            path.unlink(missing_ok=True)
+            raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
+        policy.check_plan(plan, job, given)
+        return plan
+
+    def _other_plans(self) -> list[tuple[Path, Manifest]]:
+        found = []
+        for path in self._plans.glob("*.hansa"):
+            with contextlib.suppress(OSError, HansaError):  # a damaged one is of no use
+                described = path.with_suffix(".manifest")
+                known = described.exists()
+                found.append(
+                    (path, Manifest.decode(described.read_bytes()) if known else describe(path, wire.cuts(path)))
+                )
+        return found
+
+    def _forget_plans(self, last: Path) -> None:
+        """Delete the plans that nobody works on any more, but the last: it has what the next one may share."""
+        wanted = {path.stem for path in (last, *self._wanted)}
+        for path in self._plans.iterdir():
+            if path.name.partition(".")[0] not in wanted:
+                path.unlink(missing_ok=True)
+
+    async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
         form = course_form(job, given.course)
+        await whole(lambda: self._forget_plans(path))
+        _check_room(out.parent, path)
 
         def request(ticket: int, threads: int) -> Work:
-            return Perform(ticket, form, str(plan), self._site, threads, str(out))
+            return Perform(ticket, form, str(path), self._site, threads, str(out))
 
         limit = self._settings.policy.max_task_s
         try:
             async with asyncio.timeout(limit):
                 answer = await self._ask(job, request)
         except TimeoutError:
-            await self.stop("it took longer than the site allows")
             raise PolicyError(f"The round took longer than the {limit:g} s that this site allows.") from None
         if isinstance(answer, Absent):
-            return Outcome(missing=Missing(answer.kind, answer.reason[:4096]))
+            return Outcome(missing=Missing(answer.kind, _shortened(answer.reason)))
         assert isinstance(answer, Answered), answer
         if not answer.spooled:
             empty = Update(
@@ -171,22 +279,27 @@ class JoinedJob:
                 answer.completed,
                 answer.seconds,
             )
-            await asyncio.to_thread(wire.spool, empty, out)
+            await whole(partial(wire.spool, empty, out))
+        await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
         return Outcome()
 
     async def _ask(self, job: Job, request: Callable[[int, int], Work]) -> Answer:
-        """Ask the worker; when it dies of it, ask a new one."""
+        """Ask the worker; when it dies of it, ask a new one. A worker whose task is withdrawn ends."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 worker = await self._ready(job)
                 answer = await worker.call(request(worker.ticket(), num_threads(job.engine, self._site)))
+            except PolicyError:
+                raise
             except SiteError as error:
-                if attempt == ATTEMPTS or self._worker is None:
+                if attempt == ATTEMPTS or self._closed:
                     raise SiteError(f"{error.message} (attempt {attempt} of {ATTEMPTS})") from error
                 continue
+            except asyncio.CancelledError:
+                await self._stop("the task was withdrawn")
+                raise
             if isinstance(answer, Failed):
-                problem = answer.as_error()
-                raise PolicyError(problem.message) if isinstance(problem, HansaError) else SiteError(str(problem))
+                raise _failure(answer.as_error())
             return answer
         raise AssertionError("the last attempt returns or raises")
 
@@ -199,50 +312,117 @@ class JoinedJob:
         """
         if self._worker is not None and self._worker.ready and self._worker.ending is None:
             return self._worker
-        await self.stop("another one is started")
+        await self._stop("another one is started")
+        if self._closed:
+            raise SiteError("The site has left the job.")
         resources = self._settings.resources
-        devices = None if resources.gpus is None else tuple(resources.gpus.split(","))
-        worker = Worker(
-            num_threads(job.engine, self._site),
-            self._directory / "work" / "sites.log",
-            devices,
-            {"HANSA_ATTACH_DIR": str(self._directory / "attach")},
-        )
+        devices = None if resources.gpus is None else tuple(filter(None, resources.gpus.split(",")))
+        attach = await whole(lambda: attach_folder(self._directory, self._site))
+        try:
+            worker = Worker(
+                num_threads(job.engine, self._site),
+                self._directory / "work" / "sites.log",
+                devices,
+                {**OFFLINE, "HANSA_ATTACH_DIR": str(attach), **resources.environment},
+                INHERITED,
+            )
+        except OSError as error:
+            raise StorageError(f"A worker can't be started: {error.strerror}. Free some space or memory.") from error
         self._worker = worker
         ready = asyncio.Event()
-        start = Start(job.to_json(), str((self._directory / "work").absolute()))
+        start = Start(job.to_json(), str((self._directory / "work").absolute()), resources.max_memory_bytes)
         worker.serving = asyncio.create_task(worker.serve(start, lambda _: ready.set()))
         worker.serving.add_done_callback(lambda _: ready.set())
         await ready.wait()
         if not worker.ready:
-            failure = worker.failure
-            if isinstance(failure, HansaError) and not isinstance(failure, SiteError):
-                raise PolicyError(failure.message)
-            raise failure if isinstance(failure, SiteError) else SiteError(str(failure))
+            failure = worker.failure or SiteError(worker.ending or "its worker ended")
+            raise failure if isinstance(failure, SiteError) else _failure(failure)
         return worker
 
-    async def stop(self, reason: str) -> None:
+    async def _stop(self, reason: str) -> None:
         """End the worker, whatever it is at."""
         worker, self._worker = self._worker, None
         if worker is not None and worker.serving is not None:
             worker.kill(reason)
-            await worker.serving
+            await asyncio.wait({worker.serving})
 
     async def close(self) -> None:
-        """Let the worker close its program, then end it."""
-        worker, self._worker = self._worker, None
-        if worker is None or worker.serving is None:
-            return
-        if worker.ready and not self._turn.locked():
+        """Let the worker close its program, then end it; nothing is begun any more."""
+        self._closed = True
+        worker = self._worker
+        if worker is not None and worker.serving is not None and worker.ready and not self._turn.locked():
             worker.send(Close())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(worker.serving), _CLOSE_S)
-        worker.kill("the agent ends")
-        await worker.serving
+            await asyncio.wait({worker.serving}, timeout=_CLOSE_S)
+        await self._stop("the site has left the job")
 
     def forget(self) -> None:
         """Delete everything of the job."""
+        with contextlib.suppress(OSError):
+            shutil.rmtree((self._directory / "attach").resolve(), ignore_errors=True)
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-_CLOSE_S = 20.0
+def refused(reason: str) -> Outcome:
+    """Return the outcome of what this site does not do."""
+    return Outcome(missing=Missing("refused", _shortened(reason)))
+
+
+def lost(reason: str) -> Outcome:
+    """Return the outcome of what this site could not do."""
+    return Outcome(missing=Missing("lost", _shortened(reason)))
+
+
+def _shortened(reason: str) -> str:
+    """Return a reason that fits into a message: of a long traceback the end says most."""
+    return reason if len(reason) <= REASON_LENGTH else f"... {reason[-REASON_LENGTH:]}"
+
+
+def _failure(error: Exception) -> HansaError:
+    """Return what an error of the job's program means at a site."""
+    if isinstance(error, StorageError):
+        return error
+    return PolicyError(error.message) if isinstance(error, HansaError) else SiteError(str(error))
+
+
+def _check_room(folder: Path, plan: Path) -> None:
+    """Raise StorageError if an update as large as the plan has no room: before a round is trained, not after."""
+    free, needed = shutil.disk_usage(folder).free, plan.stat().st_size + _SPARE_BYTES
+    if free < needed:
+        raise StorageError(f"An update needs up to {needed:,} bytes in {folder}, and {free:,} are free.")
+
+
+def attach_folder(directory: Path, site: str) -> Path:
+    """Return the folder in which attached processes find the job in ``directory``, made if need be.
+
+    A Unix socket's path has at most 107 bytes, so under a long path the folder lies in the system's temporary one.
+
+    Raises:
+        StorageError: it can't be made, or is somebody else's.
+    """
+    place = directory.absolute() / "attach"
+    if len(os.fsencode(place / site)) < 80:
+        return place
+    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
+    found = Path(tempfile.gettempdir()) / f"hansa-{os.getuid()}-{name}"
+    try:
+        found.mkdir(mode=0o700, exist_ok=True)
+        status = found.lstat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o77 or not found.is_dir() or found.is_symlink():
+            raise StorageError(f"{found} belongs to somebody else, so no process can attach there. Delete it.")
+        place.unlink(missing_ok=True)
+        place.symlink_to(found)
+    except OSError as error:
+        raise storage.full(found, error) from error
+    return found
+
+
+async def whole(work: Callable[[], _T]) -> _T:
+    """Do blocking work in a thread, and when cancelled wait for its end: nothing goes on behind one's back."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # looked at, as nobody else will
+        raise

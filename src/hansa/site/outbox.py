@@ -9,6 +9,7 @@ A folder appears by one rename after its files are durable, and goes when the se
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from hansa.core import storage
+from hansa.errors import StorageError
 from hansa.transport.messages import Inspected, Missing
 
 ANSWER, UPDATE = "answer.msgpack", "update.hansa"
@@ -47,19 +49,33 @@ class Outbox:
             shutil.rmtree(path, ignore_errors=True)
 
     def find(self, task: str) -> Entry | None:
-        """Return the finished answer to ``task``, if there is one."""
+        """Return the finished answer to ``task``, if there is one.
+
+        Raises:
+            StorageError: it is there and can't be read.
+        """
         folder = self._directory / task
         if not folder.is_dir():
             return None
-        outcome = msgspec.msgpack.decode((folder / ANSWER).read_bytes(), type=Outcome)
+        try:
+            outcome = msgspec.msgpack.decode((folder / ANSWER).read_bytes(), type=Outcome)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise StorageError(f"The finished answer in {folder} can't be read: {error}.") from error
         update = folder / UPDATE
         return Entry(outcome, update if update.exists() else None)
 
     def begin(self, task: str) -> Path:
-        """Return an empty folder in which the answer is made; an update goes to ``UPDATE`` in it."""
+        """Return an empty folder in which the answer is made; an update goes to ``UPDATE`` in it.
+
+        Raises:
+            StorageError: the disk is full or the folder can't be written.
+        """
         folder = self._directory / f".{task}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        except OSError as error:
+            raise storage.full(folder, error) from error
         return folder
 
     def finish(self, task: str, outcome: Outcome) -> Entry:
@@ -79,12 +95,15 @@ class Outbox:
         return entry
 
     def acknowledged(self, task: str) -> None:
-        """Forget the answer: it is durable at the server."""
-        shutil.rmtree(self._directory / task, ignore_errors=True)
+        """Forget the answer: it is durable at the server, or nobody waits for it."""
+        gone = self._directory / f".{task}"
+        with contextlib.suppress(OSError):  # renamed first, so that a crash leaves it whole or out of sight
+            (self._directory / task).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def keep_only(self, tasks: Iterable[str]) -> None:
         """Forget the answers that nobody waits for any more."""
         wanted = set(tasks)
         for path in self._directory.iterdir():
             if path.name not in wanted and not path.name.startswith("."):
-                shutil.rmtree(path, ignore_errors=True)
+                self.acknowledged(path.name)

@@ -1,52 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a site allows, decided at the site: before a job's first byte of code runs, and again for every plan.
+"""What a site allows, decided at the site: before a job's first byte of code runs, for every plan, and for every
+update before it leaves.
 
 | case | result |
 |---|---|
 | a recipe that is not allowed; code of one's own by a signer who is not | PolicyError |
 | the data's name is not among the site's, or the job names paths | PolicyError that lists the names |
-| too many rounds, too large a model, a filter missing or too weak | PolicyError |
+| too many rounds or threads, too large a model, a filter missing or too weak | PolicyError |
 | the site's plug-in gives a reason, or fails | PolicyError with that reason: a site is closed when in doubt |
+| a plan of another job, round, task or seed than announced, or one that leads to other sites' mailboxes | PolicyError |
+| an update of another form than the plan implies, not finite, or not bounded as required | PolicyError; it stays here |
+
+What is checked of an update holds whatever the training code did. What its values say is not checked: who may run
+code at a site (``signers``) can put anything into an update's numbers.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from hansa import registry
 from hansa.bundle import Bundle
+from hansa.core import tree as trees
+from hansa.core import wire
 from hansa.core.config import Job
-from hansa.core.values import Plan
+from hansa.core.values import Header, Plan
 from hansa.errors import HansaError, PolicyError, nearest
-from hansa.site.settings import Policy, SiteSettings
+from hansa.site.settings import DataPaths, Policy, SiteSettings
+from hansa.transport.messages import Assignment
+from hansa.workers.runner import num_threads
 
 SCHEME = "site:"
 """How ``data.train`` of a job begins when it names what each site calls its data."""
 
+ROUNDING = 1 + 2**-7
+"""By how much a norm may exceed its bound: weights and half precision round after a filter has clipped."""
 
-def decide(bundle: Bundle, settings: SiteSettings) -> None:
-    """Raise PolicyError unless the site takes part in the job.
+_METRICS = 1000
+
+
+def decide(bundle: Bundle, site: str, settings: SiteSettings) -> None:
+    """Raise PolicyError unless ``site`` takes part in the job.
 
     Raises:
         PolicyError: what is not allowed, and what would be.
     """
     policy, job = settings.policy, bundle.job
-    own = sorted(name for name in registry.TABLES["recipes"] if name != "script")
-    recipes = own if policy.recipes is None else policy.recipes
-    if bundle.brings_code and bundle.signer.name not in policy.signers:
-        raise PolicyError(
-            f"The job brings code of its own, signed by {bundle.signer.name!r}. This site runs code of: "
-            f"{', '.join(policy.signers) or 'nobody'} (policy.signers in site.toml)."
-        )
-    if job.recipe.name not in recipes and not (job.recipe.name == "script" and policy.recipes is None):
+    recipes = sorted(registry.TABLES["recipes"]) if policy.recipes is None else policy.recipes
+    if job.recipe.name not in recipes:
         raise PolicyError(
             f"Recipe {job.recipe.name!r} is not allowed at this site; it allows: {', '.join(recipes) or 'none'}."
         )
+    _check_code(bundle, policy)
     if policy.max_rounds is not None and job.rounds > policy.max_rounds:
         raise PolicyError(f"The job has {job.rounds} rounds; this site allows {policy.max_rounds}.")
+    threads, cpus = num_threads(job.engine, site), settings.resources.cpus
+    if cpus is not None and threads > cpus:
+        raise PolicyError(
+            f"The job trains with {threads} CPU threads; this site gives {cpus}. Set engine.threads, or "
+            f"engine.sites.{site}.cpus."
+        )
     _require_filters(job, policy)
     if policy.plugin is not None:
         _ask_plugin(policy.plugin, bundle)
+
+
+def _check_code(bundle: Bundle, policy: Policy) -> None:
+    """Refuse code that the site has not installed and named itself, unless it trusts the signer's."""
+    if bundle.signer.name in policy.signers:
+        return
+    allowed = {"recipe": set(policy.recipes or ()) - {"script"}}
+    for where, what in bundle.code.items():
+        family = where.partition(".")[0]
+        installed = family in ("recipe", "strategy", "workflow", "partition", "filters")
+        if installed and what in allowed.get(family, set(policy.modules)):
+            continue
+        raise PolicyError(
+            f"The job brings code of its own ({where}: {what[:80]!r}), signed by {bundle.signer.name!r}. This site "
+            f"runs code of: {', '.join(policy.signers) or 'nobody'} (policy.signers in site.toml)."
+        )
 
 
 def _require_filters(job: Job, policy: Policy) -> None:
@@ -56,8 +92,13 @@ def _require_filters(job: Job, policy: Policy) -> None:
             raise PolicyError(f"This site takes part only in jobs with the filter {name!r}.")
         for option, bound in bounds.items():
             value = chosen[name].get(option)
-            if not isinstance(value, int | float) or not value <= bound:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value <= bound:
                 raise PolicyError(f"filters.{name}.{option} is {value}; this site accepts at most {bound:g}.")
+    if policy.require_filters and job.baselines.local:
+        raise PolicyError(
+            "baselines.local sends updates without filters, and this site requires "
+            f"{', '.join(policy.require_filters)}. Set baselines.local = false."
+        )
 
 
 def _ask_plugin(target: str, bundle: Bundle) -> None:
@@ -71,16 +112,95 @@ def _ask_plugin(target: str, bundle: Bundle) -> None:
         raise PolicyError(f"The site's plug-in {target!r} decided against the job: {reason}")
 
 
-def check_size(num_bytes: int, policy: Policy) -> None:
-    """Raise PolicyError if a plan of ``num_bytes`` is larger than the site allows."""
+def check_size(num_bytes: int, policy: Policy, what: str = "model") -> None:
+    """Raise PolicyError if a plan or bundle of ``num_bytes`` is larger than the site allows."""
     if policy.max_model_bytes is not None and num_bytes > policy.max_model_bytes:
-        raise PolicyError(f"The model has {num_bytes} bytes; this site allows {policy.max_model_bytes}.")
+        raise PolicyError(f"The {what} has {num_bytes:,} bytes; this site allows {policy.max_model_bytes:,}.")
 
 
-def check_plan(plan: Plan, job: Job, round: int, task: str) -> None:
-    """Raise PolicyError if a plan is not what it was announced as."""
-    if (plan.round, plan.task) != (round, task) or plan.seed != job.seed:
-        raise PolicyError("The plan is not of the round, task or seed that it was announced with.")
+def check_plan(plan: Plan, job: Job, given: Assignment) -> None:
+    """Raise PolicyError if a plan is not what it was announced as, or not of the job that was signed."""
+    found = (plan.job, plan.round, plan.task)
+    if found != (given.course, given.round, given.kind):
+        raise PolicyError(
+            f"The server announced {given.kind}, round {given.round} of {given.course!r}, and sent a plan to "
+            f"{plan.task}, round {plan.round} of {plan.job[:100]!r}."
+        )
+    if plan.seed != job.seed:
+        raise PolicyError(f"The plan has the seed {plan.seed}; the job was signed with {job.seed}.")
+    if not 0 <= plan.round <= job.rounds:
+        raise PolicyError(f"The plan is of round {plan.round}; the job was signed with {job.rounds} rounds.")
+    if plan.inbox is not None or plan.outbox is not None:
+        raise PolicyError("The plan hands the model from site to site; this site's worker knows no other site.")
+
+
+def check_update(path: Path, plan: Plan, job: Job, site: str, policy: Policy) -> None:
+    """Read a finished update once, and raise PolicyError unless it may leave.
+
+    Args:
+        path: the update's file, as it would be sent.
+        plan: what it answers.
+        job: the job that was signed.
+        site: this site's name.
+        policy: what the site requires.
+    """
+    update = wire.Spooled(path)
+    header = update.header
+    if (header.site, header.round, header.version) != (site, plan.round, plan.version):
+        raise PolicyError("The training code made an update of another site, round or version than was asked for.")
+    if not (0 < header.weight < math.inf and len(header.sums) <= _METRICS):
+        raise PolicyError(f"The update has the weight {header.weight:g} and {len(header.sums)} metrics' sums.")
+    _check_form(header, path.stat().st_size, plan)
+    squares = dict.fromkeys(header.layout, 0.0)
+    for chunk in update.chunks():
+        if trees.is_floating(chunk.values.dtype):
+            wide = chunk.values.astype(np.float64)
+            square = float(np.dot(wide, wide))
+            if not math.isfinite(square) and not trees.finite(chunk.values):
+                raise PolicyError(f"The update's tensor {chunk.tensor[:80]!r} is NaN or infinite; it was not sent.")
+            squares[chunk.part] += square
+    if plan.task == "train":
+        for name, bounds in policy.require_filters.items():
+            if name in _PROOFS:
+                _PROOFS[name](bounds, _unweighed(squares, header.weight, job))
+
+
+def _check_form(header: Header, num_bytes: int, plan: Plan) -> None:
+    """Refuse an update that holds more than one tree like the model for the update and for each part of the plan."""
+    layout = trees.layout_of(plan.params)
+    num_parts = 1 + len(plan.parts) if plan.task == "train" else 0
+    largest = sum(spec.size * max(4, trees.dtype_of(spec.dtype).itemsize) for spec in layout.values())
+    names = sum(len(name.encode()) + 100 for name in layout)
+    room = num_parts * largest
+    if len(header.layout) > num_parts or header.num_bytes > room:
+        raise PolicyError(
+            f"The update has {len(header.layout)} parts of {header.num_bytes:,} bytes in all; the plan implies at most "
+            f"{num_parts} of {room:,}. It was not sent."
+        )
+    overhead = num_parts * names + 64 * _METRICS + room // 1000 + (1 << 16)
+    if num_bytes > room + overhead:
+        raise PolicyError(f"The update's file has {num_bytes:,} bytes, more than its tensors need. It was not sent.")
+
+
+def _unweighed(squares: Mapping[str, float], weight: float, job: Job) -> float:
+    """Return the joint norm that the parts had before they were weighed.
+
+    A strategy that is not Hansa's own is not loaded here: all of its parts count as weighed.
+    """
+    weighed: Mapping[str, bool] = {}
+    if job.strategy.name in registry.TABLES["strategies"]:
+        weighed = registry.build("strategies", job.strategy.name, job.strategy.options).weighed
+    return math.sqrt(sum(value / (weight**2 if weighed.get(part, True) else 1) for part, value in squares.items()))
+
+
+def _is_clipped(bounds: Mapping[str, float], norm: float) -> None:
+    bound = bounds.get("max_norm", math.inf)
+    if norm > bound * ROUNDING:
+        raise PolicyError(f"The update has the norm {norm:g}; this site lets at most {bound:g} leave. It was not sent.")
+
+
+_PROOFS: Mapping[str, Callable[[Mapping[str, float], float], None]] = {"clip": _is_clipped}
+"""Filters of which an update shows that they were applied: (the site's bounds, the norm before weighing)."""
 
 
 def localised(job: Job, site: str, settings: SiteSettings, directory: Path) -> Job:
@@ -93,32 +213,60 @@ def localised(job: Job, site: str, settings: SiteSettings, directory: Path) -> J
         directory: what relative paths in the settings are relative to.
 
     Raises:
-        PolicyError: the site has no data of that name.
+        PolicyError: the site has no data of that name, or the job names a path of its own.
     """
-    model = job.model
-    if model.base in settings.models:
-        base = Path(settings.models[model.base]).expanduser()
-        model = model.model_copy(update={"base": str(base if base.is_absolute() else directory / base)})
-    changes: dict[str, object] = {"model": model}
+    changes: dict[str, object] = {"model": _model(job, settings, directory)}
     if job.data is not None and not settings.policy.job_paths:
-        train = job.data.train
-        known = sorted(settings.data)
-        if not isinstance(train, str) or not train.startswith(SCHEME):
-            raise PolicyError(
-                "The job names paths of data; this site gives data by name only. Write data.train = 'site:NAME' "
-                f"with one of: {', '.join(known) or 'none'}."
-            )
-        name = train.removeprefix(SCHEME)
-        if name not in settings.data:
-            raise PolicyError(f"This site has no data called {name!r}.{nearest(name, known)}")
-        there = settings.data[name]
+        train = _data("data.train", job.data.train, settings)
+        test = train.test if job.data.test is None else _data("data.test", job.data.test, settings).train
         values = job.data.model_dump()
-        values["train"] = {site: _absolute(there.train, directory)}
-        values["test"] = None if there.test is None else {site: _absolute(there.test, directory)}
+        values["train"] = {site: _absolute(train.train, directory)}
+        values["test"] = None if test is None else {site: _absolute(test, directory)}
         changes |= {"data": type(job.data)(**values), "partition": None}
     return job.model_copy(update=changes)
 
 
+def _data(key: str, name: object, settings: SiteSettings) -> DataPaths:
+    known = sorted(settings.data)
+    if not isinstance(name, str) or not name.startswith(SCHEME):
+        raise PolicyError(
+            f"The job names paths of data ({key}); this site gives data by name only. Write {key} = 'site:NAME' "
+            f"with one of: {', '.join(known) or 'none'}."
+        )
+    name = name.removeprefix(SCHEME)
+    if name not in settings.data:
+        raise PolicyError(
+            f"This site has no data called {name!r}; it has: {', '.join(known) or 'none'}.{nearest(name, known)}"
+        )
+    return settings.data[name]
+
+
+def _model(job: Job, settings: SiteSettings, directory: Path) -> object:
+    """Return the model section with the site's folders in place of names it knows, and no path out of the job's."""
+    changes: dict[str, str] = {}
+    for key in ("base", "tokenizer", "factory"):
+        name = getattr(job.model, key)
+        if name is None:
+            continue
+        if key != "factory" and name in settings.models:
+            changes[key] = _absolute(settings.models[name], directory)
+        elif not settings.policy.job_paths:
+            _check_inside(f"model.{key}", name, settings.models)
+    script = job.recipe.options.get("path") if job.recipe.name == "script" else None
+    if isinstance(script, str) and not settings.policy.job_paths:
+        _check_inside("recipe.path", script, ())
+    return job.model.model_copy(update=changes)
+
+
+def _check_inside(key: str, name: str, known: Iterable[str]) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or name.startswith("~"):
+        raise PolicyError(
+            f"{key} is {name[:100]!r}, a path on this site's disk. Let it travel with the job (files), or name one of "
+            f"the site's models: {', '.join(sorted(known)) or 'none'}."
+        )
+
+
 def _absolute(path: str, directory: Path) -> str:
     found = Path(path).expanduser()
-    return str(found if found.is_absolute() else directory / found)
+    return str(found if found.is_absolute() else (directory / found).absolute())

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from hansa.core.config import Name, Section, problems
 from hansa.errors import JobError
+
+FILE = "site.toml"
+
+Bytes = Annotated[int, Field(gt=0)]
 
 
 class DataPaths(Section):
@@ -22,18 +27,24 @@ class DataPaths(Section):
 
 
 class Policy(Section):
-    """What the site allows, whatever the server asks."""
+    """What the site allows, whatever the server asks. A job beyond it is refused, and its submitter learns why."""
 
     recipes: list[str] | None = Field(
-        None, description="Recipes that may run; all of Hansa's own but 'script' if left out."
+        None, description="Recipes that may run; all of Hansa's own but module:attribute if left out."
     )
-    signers: list[str] = Field(default_factory=list, description="Whose own code (scripts, modules) may run here.")
-    max_model_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="The largest model, in bytes.")
+    modules: list[str] = Field(
+        default_factory=list,
+        description="module:attribute of strategies and filters, installed here, that anyone's job may name.",
+    )
+    signers: list[str] = Field(
+        default_factory=list, description="Whose own code (scripts, modules, pickles) may run here: names of people."
+    )
+    max_model_bytes: Bytes | None = Field(None, description="The largest model, and the largest bundle, in bytes.")
     max_task_s: Annotated[float, Field(gt=0)] | None = Field(None, description="Seconds that one round may work.")
     max_rounds: Annotated[int, Field(gt=0)] | None = Field(None, description="Rounds that a job may have.")
     require_filters: dict[str, dict[str, float]] = Field(
         default_factory=dict,
-        description="Filters that a job must have, and upper bounds of their options: clip = { max_norm = 1.0 }.",
+        description="Filters that a job must have, and upper bounds of their options: { clip = { max_norm = 1.0 } }.",
     )
     job_paths: bool = Field(
         False, description="Use the paths that jobs name. For laboratories: all sites' data lie on this machine."
@@ -46,9 +57,16 @@ class Policy(Section):
 class Resources(Section):
     """What of this machine training may use."""
 
-    gpus: str | None = Field(None, description="As in CUDA_VISIBLE_DEVICES; all if left out.")
-    max_memory_bytes: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="Address space of a worker's data (RLIMIT_DATA); a job beyond it costs one attempt."
+    cpus: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="CPU threads; a job that trains with more is refused, for their number is part of its result."
+    )
+    gpus: str | None = Field(None, description="GPUs, as in CUDA_VISIBLE_DEVICES; all if left out, none if empty.")
+    max_memory_bytes: Bytes | None = Field(
+        None, description="Memory that one process may take (RLIMIT_DATA); beyond it the worker dies."
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description='Variables set for training; of the agent\'s own only harmless ones are. { HF_HOME = "/models" }.',
     )
 
 
@@ -56,12 +74,21 @@ class SiteSettings(Section):
     """A site's settings."""
 
     server: str = Field(description="HOST:PORT of the federation's server.")
-    proxy: str | None = Field(None, description="HOST:PORT of an HTTP proxy that takes CONNECT.")
+    proxy: str | None = Field(
+        None, description="http://HOST:PORT of a proxy that takes CONNECT; https_proxy by default, empty for none."
+    )
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="A transfer that stands still for so many seconds goes on over a new connection."
+    )
     doorbell: bool = Field(True, description="Keep a stream open for news; false asks by long polls only.")
     policy: Policy = Policy()
     resources: Resources = Resources()
-    data: dict[Name, DataPaths] = Field(default_factory=dict)
-    models: dict[str, str] = Field(default_factory=dict, description="model.base of a job -> where it lies here.")
+    data: dict[Name, DataPaths] = Field(
+        default_factory=dict, description="What jobs call site:NAME lies where. A table each: [data.NAME]."
+    )
+    models: dict[str, str] = Field(
+        default_factory=dict, description="A job's model.base or model.tokenizer -> the folder where it lies here."
+    )
 
 
 def load(path: Path) -> SiteSettings:
@@ -74,9 +101,53 @@ def load(path: Path) -> SiteSettings:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise JobError(f"There is no {path}. `hansa provision` writes one for each site.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise JobError(f"{path} can't be read: {error}.") from None
     try:
         return SiteSettings(**values)
     except pydantic.ValidationError as error:
         raise JobError(f"{path} is not valid:\n" + "\n".join(problems(SiteSettings, error, values))) from None
+
+
+def commented() -> str:
+    """Return every setting but ``server`` as commented lines, to be put into a new site.toml.
+
+    With every ``#`` before a setting or a table taken away the text is still valid.
+    """
+    lines = []
+    tables = []
+    for name, field in SiteSettings.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            section = type(field.default)
+            tables.append(f"# {' '.join((section.__doc__ or '').split())}\n# [{name}]\n")
+            tables.extend(_line(key, inner) for key, inner in section.model_fields.items())
+        elif name in _TABLES:
+            tables.append(f"# {field.description}\n{_TABLES[name]}")
+        elif name != "server":
+            lines.append(_line(name, field))
+    return "\n".join([*lines, *tables])
+
+
+_EXAMPLES = {
+    "proxy": "http://proxy.example.org:3128",
+    "recipes": ["sequence-classification", "causal-lm"],
+    "max_model_bytes": 1 << 34,
+    "max_task_s": 3600.0,
+    "max_rounds": 100,
+    "plugin": "our_hospital.rules:decide",
+    "cpus": 8,
+    "gpus": "0,1",
+    "max_memory_bytes": 1 << 36,
+}
+"""What settings without a default may look like."""
+
+_TABLES = {
+    "data": '# [data.notes]\n# train = "/data/notes/train.jsonl"\n# test = "/data/notes/test.jsonl"\n',
+    "models": '# [models]\n# "Qwen/Qwen3-0.6B" = "/models/qwen3-0.6b"\n',
+}
+
+
+def _line(name: str, field: pydantic.fields.FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    value = "{}" if default == {} else json.dumps(_EXAMPLES[name] if default is None else default)
+    return f"# {field.description}\n# {name} = {value}\n"

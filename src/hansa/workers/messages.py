@@ -22,10 +22,11 @@ from hansa.errors import HansaError
 
 
 class Start(msgspec.Struct, tag=True):
-    """Build the program of ``job`` (JSON); ``directory`` is the run's folder."""
+    """Build the program of ``job`` (JSON); ``directory`` is the run's folder; ``memory_bytes`` is all it may take."""
 
     job: str
     directory: str
+    memory_bytes: int | None = None
 
 
 class CourseForm(msgspec.Struct):
@@ -178,6 +179,9 @@ TO_WORKER: msgspec.msgpack.Decoder[Start | Work | Summarise | Close] = msgspec.m
 FROM_WORKER: msgspec.msgpack.Decoder[Ready | Answer] = msgspec.msgpack.Decoder(Ready | Answer)
 
 LENGTH = struct.Struct("<I")
+
+OUT_OF_MEMORY = 86
+"""The exit code of a worker that needed more memory than it may take."""
 
 
 def frame(message: msgspec.Struct) -> bytes:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import resource
 import signal
 import socket
 import sys
@@ -28,9 +29,10 @@ from hansa.core.config import Choice, Job, parse
 from hansa.core.ports import Program
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan
-from hansa.errors import HansaError, NonFiniteError
+from hansa.errors import HansaError, NonFiniteError, StorageError
 from hansa.workers.messages import (
     LENGTH,
+    OUT_OF_MEMORY,
     TO_WORKER,
     Absent,
     Answer,
@@ -83,9 +85,10 @@ class _Line:
 class _Worker:
     """The program, and how each request is answered."""
 
-    def __init__(self, program: Program, directory: Path) -> None:
+    def __init__(self, program: Program, directory: Path, *, bounded: bool) -> None:
         self.program = program
-        self._runner = SiteRunner(program, directory)
+        self._bounded = bounded
+        self._runner = SiteRunner(program, directory, fatal=(StorageError, *([MemoryError] if bounded else [])))
         self._plan: tuple[str, Plan] | None = None
 
     def answer(self, request: Work | Summarise) -> Answer:
@@ -110,6 +113,11 @@ class _Worker:
                     return Shown(request.ticket, dict(self.program.show(_read_params(request.params))))
                 case Summarise():
                     return Metrics(request.ticket, self.program.summarise(request.sums))
+        except MemoryError:
+            if self._bounded:  # a program that ran out of memory can't be relied on; a new worker has room again
+                _LOG.exception("Out of memory")
+                os._exit(OUT_OF_MEMORY)
+            raise
         except Exception as error:  # noqa: BLE001 - the engine decides what an error of a program means
             return failed(request.ticket, error)
         return Done(request.ticket)
@@ -131,6 +139,8 @@ class _Worker:
                 wire.spool(reply, Path(request.out))
             except NonFiniteError as error:
                 return Absent(request.ticket, "refused", error.message)
+            except StorageError:
+                raise  # what becomes of it is the owner's to say
             except HansaError as error:
                 return Absent(request.ticket, "lost", error.message)
         try:
@@ -203,8 +213,13 @@ def main(descriptor: int) -> None:
     tasks: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(line, tasks, lambda: worker), daemon=True).start()
     try:
-        job = parse(json.loads(start.job))
-        worker = _build(job, Path(start.directory))
+        if start.memory_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (start.memory_bytes, start.memory_bytes))
+        worker = _build(parse(json.loads(start.job)), Path(start.directory), bounded=start.memory_bytes is not None)
+    except MemoryError:
+        if start.memory_bytes is not None:
+            os._exit(OUT_OF_MEMORY)
+        raise
     except Exception as error:  # noqa: BLE001 - the engine raises it where the user sees it
         line.send(failed(0, error))
         return
@@ -216,7 +231,7 @@ def main(descriptor: int) -> None:
         sys.stdout.flush()
 
 
-def _build(job: Job, directory: Path) -> _Worker:
+def _build(job: Job, directory: Path, *, bounded: bool) -> _Worker:
     program: Program = registry.load("recipes", job.recipe.name)(job)
     pin_threads(job.engine.threads)
-    return _Worker(program, directory)
+    return _Worker(program, directory, bounded=bounded)

@@ -54,10 +54,17 @@ class Course:
 
 
 class SiteRunner:
-    """Carries plans out at sites: one instance in this process, or one in every worker."""
+    """Carries plans out at sites: one instance in this process, or one in every worker.
 
-    def __init__(self, program: Program, directory: Path) -> None:
+    Args:
+        program: the job's training code.
+        directory: for what sites remember, their mail, and tracebacks.
+        fatal: errors that are raised; all others are a site's own, and make it absent.
+    """
+
+    def __init__(self, program: Program, directory: Path, *, fatal: tuple[type[Exception], ...] = ()) -> None:
         self.program = program
+        self._fatal = fatal
         self._memory = MemoryStore(directory / "memory")
         self._mail = Mailboxes(directory / "mail")
         self._errors = directory / "errors"
@@ -68,6 +75,8 @@ class SiteRunner:
         begun = time.perf_counter()
         try:
             update = self._run(course, plan, site)
+        except self._fatal:
+            raise
         except HansaError as error:
             return Absence(site, "refused", error.message)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one site's failure must not end the job

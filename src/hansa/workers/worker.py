@@ -16,13 +16,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import msgspec
 
 from hansa.errors import SiteError
-from hansa.workers.messages import FROM_WORKER, LENGTH, Answer, Failed, Ready, Start, Summarise, Work, frame
+from hansa.workers.messages import (
+    FROM_WORKER,
+    LENGTH,
+    OUT_OF_MEMORY,
+    Answer,
+    Failed,
+    Ready,
+    Start,
+    Summarise,
+    Work,
+    frame,
+)
 
 Devices = tuple[str, ...] | None
 """The GPUs that a worker sees, as in CUDA_VISIBLE_DEVICES; None leaves the variable as it is."""
@@ -43,6 +54,7 @@ class Worker:
         log: the file that what it prints is appended to.
         devices: the GPUs it sees, as in CUDA_VISIBLE_DEVICES; None leaves the variable as it is.
         environment: what is set beside this process's own.
+        inherited: names of variables that it gets from this process; all of them if None.
     """
 
     def __init__(
@@ -51,6 +63,7 @@ class Worker:
         log: Path,
         devices: Devices = None,
         environment: Mapping[str, str] | None = None,
+        inherited: Collection[str] | None = None,
     ) -> None:
         self.devices = devices
         self.ready = False
@@ -63,7 +76,8 @@ class Worker:
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self.connection, theirs = socket.socketpair()
-        variables = {**os.environ, **dict.fromkeys(_THREADS, str(threads)), **(environment or {})}
+        own = {name: value for name, value in os.environ.items() if inherited is None or name in inherited}
+        variables = {**own, **dict.fromkeys(_THREADS, str(threads)), **(environment or {})}
         if devices is not None:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         with theirs, log.open("ab") as output:
@@ -155,6 +169,8 @@ def _search_path() -> list[str]:
 
 
 def _cause(code: int) -> str:
+    if code == OUT_OF_MEMORY:
+        return "it needed more memory than it may take"
     if code >= 0:
         return f"its worker exited with code {code}"
     name = signal.Signals(-code).name
