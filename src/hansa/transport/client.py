@@ -351,7 +351,8 @@ class Connection:
 
     async def _diagnosed(self, lost: _LostError) -> HansaError:
         if lost.connecting:
-            return await diagnosis.diagnose(self._kit, self.address, self._proxy, str(lost))
+            step_s = min(diagnosis.STEP_S, self._stall_s)
+            return await diagnosis.diagnose(self._kit, self.address, self._proxy, str(lost), step_s)
         return UnreachableError(f"The connection to {self.address} broke: {lost}.")
 
     async def _open(self) -> Any:
@@ -367,7 +368,7 @@ class Connection:
                 self._identity = identity
             channel = self._channel
             try:
-                async with asyncio.timeout(CONNECT_S):
+                async with asyncio.timeout(min(CONNECT_S, self._stall_s)):
                     while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
                         if state in (
                             grpc.ChannelConnectivity.TRANSIENT_FAILURE,

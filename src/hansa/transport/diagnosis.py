@@ -46,17 +46,20 @@ def split(address: str) -> tuple[str, int]:
     return host, port
 
 
-async def diagnose(kit: Kit, address: str, proxy: str | None, otherwise: str) -> HansaError:
-    """Return the error that says why ``address`` can't be reached; ``otherwise`` is said if now it can."""
+async def diagnose(kit: Kit, address: str, proxy: str | None, otherwise: str, step_s: float = STEP_S) -> HansaError:
+    """Return the error that says why ``address`` can't be reached; ``otherwise`` is said if now it can.
+
+    Each step may take ``step_s`` seconds.
+    """
     try:
         kit.roster().admit(kit.certificate_pem())
         host, port = split(address)
         tunnel = proxy_for(address, proxy)
-        reader, writer = await _connected(*(split(urlsplit(tunnel).netloc) if tunnel else (host, port)), tunnel)
+        reader, writer = await _connected(*(split(urlsplit(tunnel).netloc) if tunnel else (host, port)), tunnel, step_s)
         try:
             if tunnel:
-                await _tunnelled(reader, writer, host, port, tunnel)
-            await _greeted(kit, reader, writer, address)
+                await _tunnelled(reader, writer, host, port, tunnel, step_s)
+            await _greeted(kit, reader, writer, address, step_s)
         finally:
             writer.transport.abort()
     except HansaError as error:
@@ -64,10 +67,12 @@ async def diagnose(kit: Kit, address: str, proxy: str | None, otherwise: str) ->
     return UnreachableError(f"Can't reach {address}: {otherwise}.")
 
 
-async def _connected(host: str, port: int, tunnel: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _connected(
+    host: str, port: int, tunnel: str | None, step_s: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     what = f"the proxy {tunnel}" if tunnel else f"{host}:{port}"
     try:
-        async with asyncio.timeout(STEP_S):
+        async with asyncio.timeout(step_s):
             return await asyncio.open_connection(host, port)
     except socket.gaierror as error:
         raise UnreachableError(
@@ -77,18 +82,18 @@ async def _connected(host: str, port: int, tunnel: str | None) -> tuple[asyncio.
         raise UnreachableError(f"Can't reach {what}: connection refused. Is it running, on this port?") from error
     except TimeoutError as error:
         raise UnreachableError(
-            f"Can't reach {what}: no answer in {STEP_S:g} s. Does a firewall lie between?"
+            f"Can't reach {what}: no answer in {step_s:g} s. Does a firewall lie between?"
         ) from error
     except OSError as error:
         raise UnreachableError(f"Can't reach {what}: {error.strerror or error}.") from error
 
 
 async def _tunnelled(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int, tunnel: str
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int, tunnel: str, step_s: float
 ) -> None:
     try:
         writer.write(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
-        async with asyncio.timeout(STEP_S):
+        async with asyncio.timeout(step_s):
             answer = await reader.readuntil(b"\r\n\r\n")
     except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
         raise UnreachableError(f"The proxy {tunnel} did not answer a CONNECT to {host}:{port}.") from error
@@ -97,14 +102,16 @@ async def _tunnelled(
         raise UnreachableError(f"The proxy {tunnel} refused a tunnel to {host}:{port}: {status[:200]}.")
 
 
-async def _greeted(kit: Kit, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
+async def _greeted(
+    kit: Kit, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str, step_s: float
+) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=kit.authority_pem().decode())
     path = kit.directory / CERTIFICATE
     context.load_cert_chain(path, path.with_name("key.pem"))
     context.set_alpn_protocols(["h2"])
     try:
-        async with asyncio.timeout(STEP_S):
+        async with asyncio.timeout(step_s):
             await writer.start_tls(context, server_hostname=kit.server_name)
             await reader.read(1)  # a server that refuses our certificate says so after the handshake (TLS 1.3)
     except ssl.SSLCertVerificationError as error:

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files over a network that breaks, stalls and is killed: they arrive whole, and what has arrived is not sent again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from hansa.errors import AccessError, ChecksumError, JobError, StorageError, UnreachableError, WireError
+from hansa.pki.identity import Identity
+from hansa.transport import messages, protocol
+from hansa.transport.client import Connection
+from hansa.transport.messages import Get, Offer
+from hansa.transport.pieces import PIECE_BYTES, Incoming, Manifest, describe
+from hansa.transport.server import Server, serve
+from relay import Relay, relay
+
+from .conftest import Depot, Dial, Federation
+
+PIECES = 24
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.write_bytes(np.random.default_rng(0).bytes(PIECES * PIECE_BYTES + 5))
+    return path
+
+
+def asked(gets: list[Get]) -> list[int]:
+    return [sum(end - begin for begin, end in get.ranges or []) for get in gets]
+
+
+async def test_there_and_back(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
+    manifest = describe(file)
+    async with dial() as connection:
+        seen: list[int] = []
+        await connection.upload("j", "t", file, manifest, progress=lambda done, size: seen.append(done))
+        assert seen == sorted(seen)
+        assert seen[-1] == manifest.num_bytes
+        assert depot.stored == [Offer("j", "t", manifest.digest, len(manifest.encode()))]
+        assert (depot.folder / manifest.digest).read_bytes() == file.read_bytes()
+        depot.put(depot.folder / manifest.digest)
+        seen.clear()
+        back = await connection.download(
+            "j", manifest.digest, tmp_path / "back", progress=lambda done, size: seen.append(done)
+        )
+    assert back == manifest
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+    assert seen == sorted(seen)
+    assert seen[-1] == manifest.num_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1])
+async def test_small_files(dial: Dial, depot: Depot, tmp_path: Path, num_bytes: int) -> None:
+    (tmp_path / "a").write_bytes(bytes(num_bytes))
+    manifest = depot.put(tmp_path / "a")
+    async with dial() as connection:
+        await connection.upload("j", "t", tmp_path / "a", manifest)
+        await connection.download("j", manifest.digest, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == bytes(num_bytes)
+    assert len(depot.stored) == 1
+
+
+async def test_an_upload_that_is_there_is_not_sent(dial: Dial, server: Server, depot: Depot, file: Path) -> None:
+    manifest = describe(file)
+    async with relay(server.port) as network, dial(port=network.port) as connection:
+        await connection.upload("j", "t", file, manifest)
+        before = network.passed
+        await connection.upload("j", "t", file, manifest)
+        assert network.passed - before < PIECE_BYTES
+    assert len(depot.stored) == 1
+
+
+@pytest.mark.parametrize("trouble", ["cut", "stall"])
+async def test_a_download_goes_on_where_it_was(
+    dial: Dial, server: Server, depot: Depot, file: Path, tmp_path: Path, trouble: str
+) -> None:
+    manifest = depot.put(file)
+    async with relay(server.port) as network, dial(port=network.port, stall_s=1.0) as connection:
+        network.at(8 * PIECE_BYTES, lambda: hinder(network, trouble))
+        await connection.download("j", manifest.digest, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+    assert network.dialled > 1
+    assert asked(depot.gets)[0] == PIECES + 1
+    assert asked(depot.gets)[1] < PIECES - 3
+
+
+@pytest.mark.parametrize("trouble", ["cut", "stall"])
+async def test_an_upload_goes_on_where_it_was(
+    dial: Dial, server: Server, depot: Depot, file: Path, trouble: str
+) -> None:
+    manifest = describe(file)
+    async with relay(server.port) as network, dial(port=network.port, stall_s=1.0) as connection:
+        network.at(12 * PIECE_BYTES, lambda: hinder(network, trouble))
+        await connection.upload("j", "t", file, manifest)
+    assert (depot.folder / manifest.digest).read_bytes() == file.read_bytes()
+    assert network.dialled > 1
+    assert depot.wanted[0] == manifest.num_bytes
+    assert depot.wanted[-1] < manifest.num_bytes - 3 * PIECE_BYTES
+    assert len(depot.stored) == 1
+
+
+def hinder(network: Relay, trouble: str) -> None:
+    if trouble == "cut":
+        network.cut()
+    else:
+        network.stall()
+        asyncio.get_running_loop().call_later(2.0, network.flow)
+
+
+async def test_a_receipt_that_is_lost(dial: Dial, server: Server, depot: Depot, file: Path) -> None:
+    """The file was taken, then the network broke: told again, the server says that it is there."""
+    manifest = describe(file)
+    async with relay(server.port) as network, dial(port=network.port) as connection:
+        received = depot.received
+
+        async def then_break(caller: Identity, offer: Offer, incoming: Incoming) -> None:
+            await received(caller, offer, incoming)
+            network.cut()
+
+        depot.received = then_break  # type: ignore[method-assign]
+        await connection.upload("j", "t", file, manifest)
+        assert network.dialled == 2
+    assert len(depot.stored) == 1
+
+
+SCRIPT = """
+import asyncio, sys
+from pathlib import Path
+from hansa.pki.kit import Kit
+from hansa.transport.client import Connection
+
+async def main(kit, address, digest, path):
+    async with Connection(Kit(Path(kit)), address, proxy="") as connection:
+        await connection.download("j", digest, Path(path))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_client_that_is_killed(
+    federation: Federation, dial: Dial, server: Server, depot: Depot, file: Path, tmp_path: Path
+) -> None:
+    manifest = depot.put(file)
+    async with relay(server.port) as network:
+        halfway = asyncio.Event()
+
+        def stall() -> None:
+            network.stall()
+            halfway.set()
+
+        network.at(10 * PIECE_BYTES, stall)
+        child = subprocess.Popen(
+            [
+                sys.executable, "-c", SCRIPT, str(federation.site.directory),
+                f"127.0.0.1:{network.port}", manifest.digest, str(tmp_path / "back"),
+            ]
+        )  # fmt: skip
+        await asyncio.wait_for(halfway.wait(), 60)
+        part = tmp_path / "back.part"
+        while not part.exists() or part.stat().st_size < 6 * PIECE_BYTES:
+            await asyncio.sleep(0.01)
+        child.kill()
+        child.wait()
+    assert not (tmp_path / "back").exists()
+    async with dial() as connection:
+        await connection.download("j", manifest.digest, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+    assert asked(depot.gets)[-1] <= PIECES + 1 - 6
+
+
+async def test_a_server_that_is_restarted_mid_way(
+    federation: Federation, depot: Depot, dial: Dial, file: Path, tmp_path: Path
+) -> None:
+    manifest = depot.put(file)
+    first = await serve(depot, federation.server, "127.0.0.1", 0)
+    async with relay(first.port) as network, dial(port=network.port, patience_s=None) as connection:
+        halfway = asyncio.Event()
+        network.at(10 * PIECE_BYTES, halfway.set)
+        transfer = asyncio.create_task(connection.download("j", manifest.digest, tmp_path / "back"))
+        await halfway.wait()
+        await first.stop()
+        second = await serve(depot, federation.server, "127.0.0.1", first.port)
+        await transfer
+        await second.stop()
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+
+
+async def test_patience_ends(dial: Dial, server: Server, depot: Depot, file: Path, tmp_path: Path) -> None:
+    manifest = depot.put(file)
+    async with relay(server.port) as network, dial(port=network.port, patience_s=0, stall_s=0.5) as connection:
+        network.at(4 * PIECE_BYTES, network.stall)
+        with pytest.raises(UnreachableError, match="nothing moved"):
+            await connection.download("j", manifest.digest, tmp_path / "back")
+        with pytest.raises(UnreachableError):
+            await connection.upload("j", "t", file, manifest)
+
+
+async def test_donors_save_the_journey(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[3 * PIECE_BYTES] ^= 1
+    (tmp_path / "next").write_bytes(data)
+    old, manifest = describe(file), depot.put(tmp_path / "next")
+    async with dial() as connection:
+        await connection.download("j", manifest.digest, tmp_path / "back", donors=[(file, old)])
+    assert (tmp_path / "back").read_bytes() == data
+    assert [get.ranges for get in depot.gets] == [[(3, 4)]]
+
+
+async def test_a_whole_file_asks_for_no_pieces(dial: Dial, depot: Depot, file: Path) -> None:
+    manifest = depot.put(file)
+    async with dial() as connection:
+        await connection.download("j", manifest.digest, file)
+    assert depot.gets == []
+
+
+# What is refused
+
+
+async def test_a_file_that_one_may_not_have(dial: Dial, tmp_path: Path) -> None:
+    async with dial() as connection:
+        with pytest.raises(JobError, match="has no file"):
+            await connection.download("j", "0" * 64, tmp_path / "back")
+    assert not list(tmp_path.glob("back*"))
+
+
+async def test_a_file_that_is_too_large(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
+    manifest = depot.put(file)
+    async with dial() as connection:
+        with pytest.raises(WireError, match="at most 1,000"):
+            await connection.download("j", manifest.digest, tmp_path / "back", max_bytes=1000)
+    assert depot.gets == []
+
+
+async def test_a_file_that_changed_at_the_server(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
+    manifest = depot.put(file)
+    with file.open("r+b") as change:
+        change.seek(5 * PIECE_BYTES)
+        change.write(b"changed")
+    async with dial() as connection:
+        with pytest.raises(ChecksumError, match="Piece 5"):
+            await connection.download("j", manifest.digest, tmp_path / "back")
+        file.write_bytes(b"short")
+        with pytest.raises(StorageError, match="shorter"):
+            await connection.download("j", manifest.digest, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+async def test_a_file_that_changed_before_it_was_sent(dial: Dial, depot: Depot, file: Path) -> None:
+    manifest = describe(file)
+    with file.open("r+b") as change:
+        change.seek(5 * PIECE_BYTES)
+        change.write(b"changed")
+    async with dial() as connection:
+        with pytest.raises(ChecksumError, match="Piece 5"):
+            await connection.upload("j", "t", file, manifest)
+    assert depot.stored == []
+
+
+async def test_a_server_that_sends_another_manifest(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
+    manifest = depot.put(file)
+    depot.files["1" * 64] = (file, manifest)
+    async with dial() as connection:
+        with pytest.raises(WireError, match="another manifest"):
+            await connection.download("j", "1" * 64, tmp_path / "back")
+
+
+async def test_a_file_that_is_not_there_to_send(dial: Dial, tmp_path: Path) -> None:
+    async with dial() as connection:
+        with pytest.raises(StorageError, match="No such file"):
+            await connection.upload("j", "t", tmp_path / "none", Manifest(()))
+
+
+async def test_an_upload_that_the_handler_refuses(dial: Dial, depot: Depot, file: Path) -> None:
+    async def refuse(caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
+        raise AccessError("This task is not yours.", site=caller.name)
+
+    depot.offered = refuse  # type: ignore[method-assign]
+    async with dial() as connection:
+        with pytest.raises(AccessError, match="This task is not yours") as met:
+            await connection.upload("j", "t", file, describe(file))
+    assert met.value.site == "riga"
+
+
+HOSTILE = {
+    "a manifest of another digest": [Offer("j", "t", "0" * 64, 4), b"HPM1"],
+    "a manifest that is none": [Offer("j", "t", "0" * 64, 4), b"HPMX"],
+    "a manifest too long": [Offer("j", "t", "0" * 64, 1 << 40), bytes(1 << 20)],
+    "more manifest than offered": [Offer("j", "t", "0" * 64, 4), bytes(1 << 20)],
+    "no manifest": [Offer("j", "t", "0" * 64, 4)],
+    "nothing": [],
+    "a path": [{"job": "j", "task": "t", "digest": "../../etc/passwd", "manifest_bytes": 4}, b"HPM1"],
+}
+
+
+@pytest.mark.parametrize("said", HOSTILE.values(), ids=HOSTILE.keys())
+async def test_uploads_that_are_none(dial: Dial, depot: Depot, said: list[Offer | dict[str, object] | bytes]) -> None:
+    async with dial() as connection:
+        with pytest.raises(WireError):
+            await spoken(connection, said)
+        await connection.call(messages.ListJobs())
+    assert depot.stored == []
+    assert list(depot.folder.iterdir()) == []
+
+
+async def test_pieces_that_nobody_asked_for(dial: Dial, depot: Depot, file: Path) -> None:
+    manifest = describe(file)
+    offer = [Offer("j", "t", manifest.digest, len(manifest.encode())), manifest.encode()]
+    async with dial() as connection:
+        for frame in (b"", b"\0\0\0\0", protocol.frame(1 << 31, b"x"), protocol.frame(0, b"x" * PIECE_BYTES)):
+            with pytest.raises((WireError, ChecksumError)):
+                await spoken(connection, [*offer, frame])
+    assert depot.stored == []
+
+
+async def spoken(
+    connection: Connection, said: Sequence[Offer | dict[str, object] | bytes], method: str = "Upload"
+) -> None:
+    """Say anything over a stream, and hear it to its end."""
+    async with connection._stream(method) as call:
+        for item in said:
+            await call.write(item if isinstance(item, bytes) else msgspec.msgpack.encode(item))
+        await call.done_writing()
+        async for _ in connection._frames(call):
+            pass
+
+
+@pytest.mark.parametrize("ranges", [[(0, 1 << 40)], [(5, 5)], [(3, 2)], [(0, 1), (100, 101)]])
+async def test_pieces_that_are_not_there(dial: Dial, depot: Depot, file: Path, ranges: list[tuple[int, int]]) -> None:
+    manifest = depot.put(file)
+    async with dial() as connection:
+        with pytest.raises(WireError, match="There are no pieces"):
+            await spoken(connection, [protocol.encode(Get("j", manifest.digest, ranges))], "Download")
+
+
+# Memory
+
+
+async def test_a_slow_disk_holds_the_network_back(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one end can not write, the other is asked for a bounded number of pieces, and all of them arrive later."""
+    manifest = depot.put(file)
+    released, writing = threading.Event(), []
+    write = Incoming.write
+
+    def slow(self: Incoming, index: int, payload: bytes | memoryview) -> None:
+        writing.append(index)
+        released.wait()
+        write(self, index, payload)
+
+    monkeypatch.setattr(Incoming, "write", slow)
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(descriptor: int, length: int, offset: int) -> bytes:
+        read.append(offset)
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    async with dial() as connection:
+        transfer = asyncio.create_task(connection.download("j", manifest.digest, tmp_path / "back"))
+        settled = 0
+        while not read or settled < 20:
+            before = len(read)
+            await asyncio.wait({transfer}, timeout=0.05)
+            settled = settled + 1 if len(read) == before else 0
+        assert len(writing) <= 3
+        assert len(read) < PIECES, "the server has not read all of the file"
+        released.set()
+        await transfer
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
