@@ -323,6 +323,37 @@ def test_a_member_can_not_sign_members(lab: Members) -> None:
         lab.authority.roster.admit(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
 
+def test_an_authority_signs_no_authorities(lab: Members) -> None:
+    root = x509.load_pem_x509_certificate(lab.authority.certificate_pem)
+    limits = root.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert (limits.critical, limits.value.ca, limits.value.path_length) == (True, True, 0)
+    usage = root.extensions.get_extension_for_class(x509.KeyUsage).value
+    assert usage.key_cert_sign
+    for kit in (lab.server, lab.site, lab.lead):
+        leaf = x509.load_pem_x509_certificate(kit.certificate_pem())
+        assert not leaf.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+
+
+def test_even_the_authority_admits_nobody_of_another_federation(lab: Members) -> None:
+    path = lab.authority.directory / "key.pem"
+    root = x509.load_pem_x509_certificate(lab.authority.certificate_pem)
+    names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier("hansa://other/lead/eve")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(root.subject)
+        .issuer_name(root.subject)
+        .public_key(keys.new_key().public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(root.not_valid_before_utc)
+        .not_valid_after(root.not_valid_after_utc)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(names, critical=False)
+    )
+    pem = builder.sign(keys.read_key(path.read_bytes(), path), hashes.SHA256()).public_bytes(Encoding.PEM)
+    with pytest.raises(AccessError, match="of another federation"):
+        lab.authority.roster.admit(pem)
+
+
 @given(st.binary(max_size=200))
 def test_noise_is_no_reply(data: bytes) -> None:
     with pytest.raises(WireError):

@@ -195,8 +195,6 @@ class Kit:
     def _load(self, held: _Files | None) -> _Files:
         certificate_pem = keys.read(self.directory / CERTIFICATE)
         authority_pem = keys.read(self.directory / AUTHORITY)
-        if held and authority_pem != held.authority_pem:
-            raise AccessError("The authority is another one; only a restart can change that.")
         certificate = read_certificate(certificate_pem)
         path, pem = _key_of(self.directory, certificate_pem)
         roster = Roster.load(self.directory / ROSTER, authority_pem)
