@@ -168,10 +168,12 @@ class Watch:
             Route("/readyz", self._readyz, methods=["GET"]),
             Route("/metrics", self._metricsz, methods=["GET"]),
         ]
+        app = Starlette(routes=routes)
+        app.router.redirect_slashes = False  # it would send people to whatever host a stranger names
         listener = _listen(host, port)
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
-            Starlette(routes=routes),
+            app,
             http="h11",
             ws="none",
             lifespan="off",
