@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Ru
         stack.push_async_callback(asyncio.to_thread, store.close)
         blobs = open_blobs(settings, directory)
         desk = Desk()
-        metrics = Metrics(lambda: Counter(row.state for row in store.jobs()), lambda: desk.connected(settings.lease_s))
+        metrics = Metrics(store.count_jobs, lambda: desk.connected(settings.lease_s))
         jobs = Jobs(directory, settings, store, blobs, desk, metrics, lambda: members(kit))
         service = Service(directory, kit, settings, store, blobs, desk, jobs, metrics)
         host, port = settings.listen_address
