@@ -125,6 +125,16 @@ def _executing(value: Any, where: str = "") -> Iterator[str]:
         yield from _executing(inner, place)
 
 
+def unsigned(job: Job, signer: Identity) -> Bundle:
+    """Return what the bundle of ``job`` would say if ``signer`` signed it now.
+
+    Raises:
+        JobError: a file that the job names is missing or lies outside the job's folder.
+    """
+    files = {name: _hashed(source) for name, source in _named_files(job).items()}
+    return Bundle(job, signer, files, datetime.now(UTC))
+
+
 def pack(job: Job, path: Path, kit: Kit) -> list[int]:
     """Write the bundle of ``job`` to ``path``, signed by the kit's key.
 

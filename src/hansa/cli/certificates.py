@@ -24,6 +24,7 @@ from hansa.pki.request import read_reply, read_request
 from hansa.pki.roles import MEANINGS, reach
 from hansa.pki.roster import Roster
 from hansa.server.settings import commented
+from hansa.site.settings import commented as settings_of_sites
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ def provision(
         observers=observers,
         admins=of_sites,
         server_settings=commented(),
+        site_settings=settings_of_sites(),
     )
     document = {
         "federation": federation,

@@ -63,6 +63,7 @@ def provision(
     observers: Sequence[str] = (),
     admins: Mapping[str, str] | None = None,
     server_settings: str = "",
+    site_settings: str = "",
 ) -> Federation:
     """Make authority, server, sites and people.
 
@@ -75,6 +76,7 @@ def provision(
         observers: names of those who may watch.
         admins: name of a site's admin -> the site.
         server_settings: TOML to stand below ``listen`` in server.toml.
+        site_settings: TOML to stand below ``server`` in every site.toml.
 
     Raises:
         JobError: a name or address that can't be, or one that comes twice.
@@ -99,7 +101,7 @@ def provision(
         _write_settings(kits[0], "server.toml", SERVER_TOML, f"{_interface(host)}:{port}", server_settings)
         for name in sites:
             kits.append(authority.issue(temporary / "sites" / name, Role.SITE, name))
-            _write_settings(kits[-1], "site.toml", SITE_TOML, address)
+            _write_settings(kits[-1], "site.toml", SITE_TOML, address, site_settings)
         for name, role, site in people:
             kits.append(authority.issue(temporary / "users" / name, role, name, site=site))
             _write_settings(kits[-1], "client.toml", CLIENT_TOML, address)

@@ -39,9 +39,10 @@ from pathlib import Path
 from hansa.core import storage, wire
 from hansa.errors import AccessError, HansaError, JobError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
-from hansa.site.joined import JoinedJob, lost, whole
+from hansa.site.joined import JoinedJob, lost
 from hansa.site.outbox import Entry, Outcome
 from hansa.site.settings import FILE, SiteSettings, load
+from hansa.site.warm import whole
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
     INLINE_BYTES,
@@ -71,6 +72,7 @@ WORK = "work"
 _LOG = logging.getLogger("hansa.site")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,199}")
 _SHORT_S = 5.0
+_LASTING_S = 0.25
 _POLL_S = 25.0
 _POLLS = 20
 _SHORT_STREAMS = 3
@@ -143,8 +145,9 @@ class Agent:
         """
         with _locked(self._directory / WORK):
             self._jobs_folder.mkdir(exist_ok=True)
+            settings = self._settings
             async with Connection(
-                self._kit, self._settings.server, proxy=self._settings.proxy, patience_s=None
+                self._kit, settings.server, proxy=settings.proxy, patience_s=None, stall_s=settings.stall_s
             ) as connection:
                 try:
                     async with asyncio.TaskGroup() as group:
@@ -288,10 +291,12 @@ class Agent:
     # Tasks
 
     def _done(self, name: str, task: asyncio.Task[None]) -> None:
-        del self._doing[name]
-        if not task.cancelled() and task.exception() is not None:
+        ended = self._doing.pop(name)
+        failed = not task.cancelled() and task.exception() is not None
+        if failed:
             _LOG.error("%s ended in a defect", name, exc_info=task.exception())
-        self._news.set()
+        if failed or ended.withdrawn:  # it may be wanted again meanwhile
+            self._news.set()
 
     async def _do(self, connection: Connection, job: JoinedJob, given: Assignment) -> None:
         """Bring one assignment to its acknowledged answer."""
@@ -373,10 +378,11 @@ class Agent:
         self._activity.set()
 
     async def _report(self, connection: Connection) -> None:
-        """Tell what is being worked on: at once when that changes, and often enough to keep the lease."""
+        """Tell what is being worked on, when it changes and lasts, and often enough to keep the lease."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._activity.wait(), self._lease_s / 4)
+            await asyncio.sleep(_LASTING_S)
             self._activity.clear()
             now = time.monotonic()
             activities = [Activity(task, it.phase, it.seconds(now)) for task, it in self._doing.items()]  # type: ignore[arg-type]

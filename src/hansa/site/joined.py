@@ -23,15 +23,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from hansa import bundle as bundles
 from hansa.core import storage, wire
@@ -43,35 +39,16 @@ from hansa.runs.baselines import course_form
 from hansa.site import policy
 from hansa.site.outbox import UPDATE, Outbox, Outcome
 from hansa.site.settings import SiteSettings
+from hansa.site.warm import WarmWorker, whole
 from hansa.transport.client import Connection
 from hansa.transport.messages import Assignment, Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
 from hansa.workers import messages
-from hansa.workers.messages import Absent, Answer, Answered, Close, Failed, Inspect, Perform, Start, Work
-from hansa.workers.runner import num_threads
-from hansa.workers.worker import Worker
-
-ATTEMPTS = 3
-"""How often a task is tried when its worker dies of it."""
+from hansa.workers.messages import Absent, Answered, Inspect, Perform, Work
 
 REASON_LENGTH = 4000
 
-_CLOSE_S = 20.0
 _SPARE_BYTES = 16 << 20
-
-INHERITED = frozenset(
-    {"HOME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"}
-    | {"LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME"}
-    | {"CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
-    | {"HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE", "TORCH_HOME"}
-    | {"DONT_FAKE_MONOTONIC", "FAKETIME", "FAKETIME_NO_CACHE", "FAKETIME_TIMESTAMP_FILE"}
-)
-"""What training gets of the agent's environment: no tokens, no passwords, no proxies."""
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-"""Only the agent speaks the network: what training needs is in the job's bundle or on this machine."""
-
-_T = TypeVar("_T")
 
 
 class JoinedJob:
@@ -105,9 +82,8 @@ class JoinedJob:
         self._admitted_by = -1
         self._joining = asyncio.Lock()
         self._turn = asyncio.Lock()
-        self._closed = False
         self._wanted: Counter[Path] = Counter()
-        self._worker: Worker | None = None
+        self._worker = WarmWorker(site, settings, directory)
 
     async def answer(self, connection: Connection, given: Assignment, told: Callable[[str], None]) -> Outcome:
         """Do what is assigned, its update going to the outbox's folder of the task; a failure of it is an outcome.
@@ -130,7 +106,7 @@ class JoinedJob:
             async with self._turn:
                 told("working")
                 if plan is None:
-                    found = await self._ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
+                    found = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
                     assert isinstance(found, messages.Inspected), found
                     return Outcome(inspected=Inspected(found.counts, found.labels))
                 return await self._perform(job, given, *plan, folder / UPDATE)
@@ -262,7 +238,7 @@ class JoinedJob:
         limit = self._settings.policy.max_task_s
         try:
             async with asyncio.timeout(limit):
-                answer = await self._ask(job, request)
+                answer = await self._worker.ask(job, request)
         except TimeoutError:
             raise PolicyError(f"The round took longer than the {limit:g} s that this site allows.") from None
         if isinstance(answer, Absent):
@@ -283,77 +259,9 @@ class JoinedJob:
         await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
         return Outcome()
 
-    async def _ask(self, job: Job, request: Callable[[int, int], Work]) -> Answer:
-        """Ask the worker; when it dies of it, ask a new one. A worker whose task is withdrawn ends."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                worker = await self._ready(job)
-                answer = await worker.call(request(worker.ticket(), num_threads(job.engine, self._site)))
-            except PolicyError:
-                raise
-            except SiteError as error:
-                if attempt == ATTEMPTS or self._closed:
-                    raise SiteError(f"{error.message} (attempt {attempt} of {ATTEMPTS})") from error
-                continue
-            except asyncio.CancelledError:
-                await self._stop("the task was withdrawn")
-                raise
-            if isinstance(answer, Failed):
-                raise _failure(answer.as_error())
-            return answer
-        raise AssertionError("the last attempt returns or raises")
-
-    async def _ready(self, job: Job) -> Worker:
-        """Return the job's worker, started if need be.
-
-        Raises:
-            PolicyError: the recipe can't be built here, and why.
-            SiteError: the worker died before it was ready.
-        """
-        if self._worker is not None and self._worker.ready and self._worker.ending is None:
-            return self._worker
-        await self._stop("another one is started")
-        if self._closed:
-            raise SiteError("The site has left the job.")
-        resources = self._settings.resources
-        devices = None if resources.gpus is None else tuple(filter(None, resources.gpus.split(",")))
-        attach = await whole(lambda: attach_folder(self._directory, self._site))
-        try:
-            worker = Worker(
-                num_threads(job.engine, self._site),
-                self._directory / "work" / "sites.log",
-                devices,
-                {**OFFLINE, "HANSA_ATTACH_DIR": str(attach), **resources.environment},
-                INHERITED,
-            )
-        except OSError as error:
-            raise StorageError(f"A worker can't be started: {error.strerror}. Free some space or memory.") from error
-        self._worker = worker
-        ready = asyncio.Event()
-        start = Start(job.to_json(), str((self._directory / "work").absolute()), resources.max_memory_bytes)
-        worker.serving = asyncio.create_task(worker.serve(start, lambda _: ready.set()))
-        worker.serving.add_done_callback(lambda _: ready.set())
-        await ready.wait()
-        if not worker.ready:
-            failure = worker.failure or SiteError(worker.ending or "its worker ended")
-            raise failure if isinstance(failure, SiteError) else _failure(failure)
-        return worker
-
-    async def _stop(self, reason: str) -> None:
-        """End the worker, whatever it is at."""
-        worker, self._worker = self._worker, None
-        if worker is not None and worker.serving is not None:
-            worker.kill(reason)
-            await asyncio.wait({worker.serving})
-
     async def close(self) -> None:
         """Let the worker close its program, then end it; nothing is begun any more."""
-        self._closed = True
-        worker = self._worker
-        if worker is not None and worker.serving is not None and worker.ready and not self._turn.locked():
-            worker.send(Close())
-            await asyncio.wait({worker.serving}, timeout=_CLOSE_S)
-        await self._stop("the site has left the job")
+        await self._worker.close(at_once=self._turn.locked())
 
     def forget(self) -> None:
         """Delete everything of the job."""
@@ -377,52 +285,8 @@ def _shortened(reason: str) -> str:
     return reason if len(reason) <= REASON_LENGTH else f"... {reason[-REASON_LENGTH:]}"
 
 
-def _failure(error: Exception) -> HansaError:
-    """Return what an error of the job's program means at a site."""
-    if isinstance(error, StorageError):
-        return error
-    return PolicyError(error.message) if isinstance(error, HansaError) else SiteError(str(error))
-
-
 def _check_room(folder: Path, plan: Path) -> None:
     """Raise StorageError if an update as large as the plan has no room: before a round is trained, not after."""
     free, needed = shutil.disk_usage(folder).free, plan.stat().st_size + _SPARE_BYTES
     if free < needed:
         raise StorageError(f"An update needs up to {needed:,} bytes in {folder}, and {free:,} are free.")
-
-
-def attach_folder(directory: Path, site: str) -> Path:
-    """Return the folder in which attached processes find the job in ``directory``, made if need be.
-
-    A Unix socket's path has at most 107 bytes, so under a long path the folder lies in the system's temporary one.
-
-    Raises:
-        StorageError: it can't be made, or is somebody else's.
-    """
-    place = directory.absolute() / "attach"
-    if len(os.fsencode(place / site)) < 80:
-        return place
-    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
-    found = Path(tempfile.gettempdir()) / f"hansa-{os.getuid()}-{name}"
-    try:
-        found.mkdir(mode=0o700, exist_ok=True)
-        status = found.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o77 or not found.is_dir() or found.is_symlink():
-            raise StorageError(f"{found} belongs to somebody else, so no process can attach there. Delete it.")
-        place.unlink(missing_ok=True)
-        place.symlink_to(found)
-    except OSError as error:
-        raise storage.full(found, error) from error
-    return found
-
-
-async def whole(work: Callable[[], _T]) -> _T:
-    """Do blocking work in a thread, and when cancelled wait for its end: nothing goes on behind one's back."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # looked at, as nobody else will
-        raise
