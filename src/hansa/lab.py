@@ -319,6 +319,7 @@ class Lab:
         """
         told = progress or Silent()
         run = Run(runs.create(self.job))
+        told.say(f"Run {run.id} in {run.directory}")
         with runs.locked(run.directory), runs.status(run.directory):
             id = self.federation.submit(_with_absolute_paths(self.job))
             view = self.federation.watch(id, told)

@@ -71,7 +71,6 @@ async def carry_out(
     with runs.locked(run.directory), runs.status(run.directory):
         work = run.directory / "work"
         work.mkdir(exist_ok=True)
-        progress.say(f"Run {run.id} in {run.directory}")
         async with open_engine(work) as engine:
             await _Carrier(run.job, run.directory, engine, progress, strategy, sinks).carry_out()
 

@@ -333,7 +333,7 @@ def publish_results(directory: Path) -> dict[str, tuple[str, int]]:
     found: dict[str, tuple[str, int]] = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
-        if path.is_file() and name.parts[0] not in ("work", "checkpoints", "files", "bundle.zip", ".lock"):
+        if path.is_file() and name.parts[0] not in ("work", "checkpoints", "files", "bundle.zip", "bundle.manifest", ".lock"):
             manifest = describe(path)
             (manifests / manifest.digest).write_bytes(manifest.encode())
             found[name.as_posix()] = (manifest.digest, manifest.num_bytes)

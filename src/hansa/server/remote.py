@@ -87,6 +87,7 @@ class Remote:
         self._compute = compute
         self._blobs = blobs
         self._news = asyncio.Event()
+        self._announced: set[str] = set()  # plans that are there, and whose tasks are about to be
 
     async def __aenter__(self) -> Remote:
         """Start the worker beside the server.
@@ -180,6 +181,7 @@ class Remote:
             with temporary.open("wb") as file:
                 wire.write_plan(file, plan)
             manifest = describe(temporary, wire.cuts(temporary))
+            self._announced.add(manifest.digest)
             (self._plans / f"{manifest.digest}.manifest").write_bytes(manifest.encode())
             temporary.replace(self._plans / f"{manifest.digest}.hansa")
         except OSError as error:
@@ -192,9 +194,11 @@ class Remote:
         """Free the updates of rounds before ``before``, and the plans that nobody is asked for any more."""
         for key in self.store.forget(self.id, course, before):
             self._blobs.delete(key)
-        wanted = {row.plan for row in self.store.tasks(self.id) if row.state in ("open", "late", "done")}
-        for path in self._plans.glob("*.hansa"):
-            if path.stem not in wanted:
+        plans = list(self._plans.glob("*.hansa"))  # first: another course may be publishing one meanwhile
+        announced = set(self._announced)
+        asked = {row.plan for row in self.store.tasks(self.id) if row.state in ("open", "late", "done")}
+        for path in plans:
+            if path.stem not in announced | asked:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".manifest").unlink(missing_ok=True)
 
@@ -203,6 +207,7 @@ class Remote:
     ) -> AsyncGenerator[TaskRow, None]:
         """Ask ``sites`` and yield a row for each as soon as it is not open any more."""
         rows = await asyncio.to_thread(self.store.open_tasks, self.id, course, round, kind, plan, sites)
+        self._announced.discard(plan)
         self.desk.ring(sites)
         waiting = {row.task: row for row in rows.values()}
         try:

@@ -51,5 +51,6 @@ async def carry_out(
 ) -> Run:
     """Do what :func:`run` does, inside a running event loop."""
     run = Run(resume_from(job, resume) if resume else create(job))
+    progress.say(f"Run {run.id} in {run.directory}")
     await carrier.carry_out(run, lambda work: open_engine(job, work, program), progress, strategy, sinks)
     return run
