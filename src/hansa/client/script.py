@@ -464,10 +464,8 @@ def is_submit_model() -> bool:
 
 
 def get_task_name() -> str:
-    """Return ``train`` or ``evaluate``; an empty text when the federation has ended."""
-    session = current()
-    session.wait()
-    return session.task or ""
+    """Return ``train`` or ``evaluate``: what the model at hand is for, or else what the last one was for."""
+    return _assignment().task
 
 
 def get_site_name() -> str:
@@ -477,9 +475,14 @@ def get_site_name() -> str:
 
 def get_job_id() -> str:
     """Return the name of the job, or of the baseline, that this script works for."""
+    return _assignment().job
+
+
+def _assignment() -> Assignment:
     session = current()
-    session.wait()
-    return (session.assignment or _NONE).job
+    if session.assignment is None:
+        session.wait()
+    return session.assignment or _NONE
 
 
 def system_info() -> dict[str, str]:
