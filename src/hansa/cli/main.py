@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from hansa.cli import job as jobs
 from hansa.cli import lab, pki, server, site
 from hansa.errors import DEFECT, HansaError, InterruptedRunError
 
@@ -199,6 +200,8 @@ app.add_typer(pki.app)
 app.add_typer(server.app)
 app.add_typer(site.app)
 app.add_typer(lab.app)
+app.add_typer(jobs.app)
+app.command()(jobs.sites)
 
 
 if __name__ == "__main__":

@@ -24,3 +24,11 @@ def start(directory: Directory = Path(), overrides: Set = None, as_json: Json = 
     from hansa.cli import serving
 
     serving.serve(directory, overrides or [], as_json=as_json)
+
+
+@app.command()
+def audit(directory: Directory = Path(), overrides: Set = None, as_json: Json = False) -> None:
+    """Print the audit log: who did what, and what was refused."""
+    from hansa.cli import submitting
+
+    submitting.audit(directory, overrides or [], as_json=as_json)
