@@ -194,11 +194,11 @@ class Agent:
         async with contextlib.aclosing(connection.attend(Attend(PROTOCOL, VERSION))) as stream:  # type: ignore[type-var]
             while True:
                 try:
-                    yield await asyncio.wait_for(anext(stream), self._lease_s)
+                    yield await asyncio.wait_for(anext(stream), self._lease_s / 2)
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
-                    raise UnreachableError(f"no sign of life for {self._lease_s:g} s") from None
+                    raise UnreachableError(f"no sign of life for {self._lease_s / 2:g} s") from None
 
     async def _polls(self, connection: Connection) -> AsyncIterator[Ring]:
         for _ in range(_POLLS):

@@ -392,8 +392,8 @@ class Connection:
             ("grpc.enable_retries", 0),
             ("grpc.max_receive_message_length", protocol.MAX_AGENDA_BYTES),
             ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_time_ms", round(self._stall_s * 500)),
+            ("grpc.keepalive_timeout_ms", round(self._stall_s * 500)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
         ]
