@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -324,6 +325,22 @@ def test_a_script_does_not_outlive_its_host(tmp_path):
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def test_no_rank_outlives_the_launcher(tmp_path):
+    stuck = """
+    import os, time
+    import hansa.client as flare
+    flare.init()
+    open("pid" + os.environ["RANK"], "w").write(str(os.getpid()))
+    flare.receive()
+    time.sleep(600)
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    fails(tmp_path, stuck, "did not answer for 15 s", recipe={"launch": launch, "timeout_s": 15})
+    for rank in (0, 1):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(int((tmp_path / f"pid{rank}").read_text())).wait(20)
 
 
 @pytest.mark.parametrize("tensors", [None, "numpy", "torch"])

@@ -26,7 +26,7 @@ Names and meanings follow the client API of NVIDIA FLARE, so that a script for i
 | ``meta["seed"]`` | a 32-bit seed for this site and round: with it, the same job gives the same model |
 | ``log`` | goes to the site's own log; it does not leave the site |
 | the federation ends | ``is_running()`` is False; clean up and return |
-| the process that started the script is gone | the script is ended, in the middle of a step too |
+| the process that started the script is gone | the script is ended, in the middle of a step too; on every rank |
 | an attached process (``init(attach=...)``) | waits for a job, and outlives it: the next ``receive`` waits again |
 | several processes (``torchrun``) | rank 0 talks; all ranks call ``is_running`` once a round; on the others |
 | | ``receive`` returns None, and ``send`` and ``log`` do nothing |
@@ -356,6 +356,8 @@ def init(
     path, token = os.environ.get(SOCKET_VARIABLE), os.environ.get(TOKEN_VARIABLE)
     folder = attach or os.environ.get(ATTACH_VARIABLE)
     if number != 0:
+        if path:
+            threading.Thread(target=_watch_launcher, daemon=True).start()
         _session = Session(None, {"site": ""}, tensors, rank=number)
     elif path and token is not None:
         try:
@@ -376,6 +378,15 @@ def init(
             f"and start that with: hansa run JOB.toml. To attach it to a site's job, give the folder of that job in "
             f"{ATTACH_VARIABLE}, or call init(attach=FOLDER)."
         )
+
+
+def _watch_launcher() -> None:
+    """End this process when the one that launched it (``torchrun``) is gone; only rank 0 has a link that tells."""
+    with contextlib.suppress(OSError):
+        poll = select.poll()
+        poll.register(os.pidfd_open(os.getppid()), select.POLLIN)
+        poll.poll()
+        os._exit(1)
 
 
 def _connected(path: str, token: str) -> tuple[Link, Mapping[str, Any]]:
