@@ -4,7 +4,7 @@ every phase, in the server's process and in a site's (Linux); settings in README
 
 python benchmarks/large.py [--gib 1] [--tensor-mib 256] [--sites 2] [--strategy fedavg] [--dir .]
 
-The tensors are generated a block at a time, and training adds a constant, so that what is measured is the core. Each
+The tensors are generated a block at a time, and training scales them, so that what is measured is the core. Each
 site is a process of its own, one after another.
 """
 
@@ -68,7 +68,7 @@ def anonymous() -> int:
 
 
 class Synthetic:
-    """Training that adds a constant to every parameter, a block at a time."""
+    """Training that scales every parameter, a block at a time."""
 
     def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
         moved = trees.Lazy(trees.scale(trees.lazily(plan.params), 1.001))
