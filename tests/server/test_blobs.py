@@ -145,6 +145,36 @@ def test_keys_that_leave_the_folder_are_refused(open_either: Open, tmp_path: Pat
             call(key)
 
 
+def test_all_that_leads_to_a_kept_file_is_synced_and_later_only_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    original = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), original(descriptor))
+    )
+
+    def inodes(*names: str) -> set[int]:
+        return {(tmp_path / name).stat().st_ino for name in names}
+
+    blobs = Folder(tmp_path)
+    for name in ("jobs/j/u1", "jobs/j/u2", "jobs/k/u"):
+        write(tmp_path / name, b"")
+    blobs.keep("jobs/j/u1")
+    assert set(synced) == inodes("jobs/j/u1", "jobs/j", "jobs", ".")
+    synced.clear()
+    blobs.keep("jobs/j/u2")
+    assert set(synced) == inodes("jobs/j/u2", "jobs/j")
+    synced.clear()
+    blobs.keep("jobs/k/u")
+    assert set(synced) == inodes("jobs/k/u", "jobs/k", "jobs")
+    blobs.delete("jobs/j")
+    write(tmp_path / "jobs/j/u1", b"")
+    synced.clear()
+    blobs.keep("jobs/j/u1")
+    assert set(synced) == inodes("jobs/j/u1", "jobs/j", "jobs")
+
+
 # The store
 
 

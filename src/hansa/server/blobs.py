@@ -98,6 +98,7 @@ class Folder:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
+        self._entered: set[Path] = set()  # folders whose own entries are durable since this process looked
 
     def path(self, key: str) -> Path:
         """Return where the file ``key`` lies."""
@@ -108,10 +109,12 @@ class Folder:
         path = self.path(key)
         with _reported(path), path.open("rb") as file:
             os.fsync(file.fileno())
+            storage.sync_directory(path.parent)
             for folder in path.parents:
-                storage.sync_directory(folder)
-                if folder == self.directory:
+                if folder == self.directory or folder in self._entered:
                     break
+                storage.sync_directory(folder.parent)
+                self._entered.add(folder)
 
     def fetch(self, key: str) -> Path:
         """Return the file's path, if it is there."""
@@ -125,6 +128,7 @@ class Folder:
         path = self.path(key)
         with _reported(path):
             if path.is_dir() and not path.is_symlink():
+                self._entered = {folder for folder in self._entered if not folder.is_relative_to(path)}
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
