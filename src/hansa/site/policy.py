@@ -169,7 +169,10 @@ def _check_form(header: Header, num_bytes: int, plan: Plan) -> None:
     """Refuse an update that holds more than one tree like the model for the update and for each part of the plan."""
     layout = trees.layout_of(plan.params)
     num_parts = 1 + len(plan.parts) if plan.task == "train" else 0
-    largest = sum(spec.size * max(4, trees.dtype_of(spec.dtype).itemsize) for spec in layout.values())
+    dtypes = {name: trees.dtype_of(spec.dtype) for name, spec in layout.items()}
+    largest = sum(
+        spec.size * max(4, dtypes[name].itemsize) for name, spec in layout.items() if trees.is_floating(dtypes[name])
+    )
     names = sum(len(name.encode()) + 100 for name in layout)
     room = num_parts * largest
     if len(header.layout) > num_parts or header.num_bytes > room:
@@ -177,7 +180,7 @@ def _check_form(header: Header, num_bytes: int, plan: Plan) -> None:
             f"The update has {len(header.layout)} parts of {header.num_bytes:,} bytes in all; the plan implies at most "
             f"{num_parts} of {room:,}. It was not sent."
         )
-    overhead = num_parts * names + 64 * _METRICS + room // 1000 + (1 << 16)
+    overhead = num_parts * names + room // 1000 + (1 << 16)
     if num_bytes > room + overhead:
         raise PolicyError(f"The update's file has {num_bytes:,} bytes, more than its tensors need. It was not sent.")
 

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a site allows: of jobs, of plans, and of updates."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from hansa.bundle import Bundle
+from hansa.core import config, wire
+from hansa.core.values import Plan, Update
+from hansa.errors import PolicyError
+from hansa.pki.identity import Identity
+from hansa.site import policy
+from hansa.site.settings import Policy, SiteSettings
+from hansa.transport.messages import Assignment
+from members import members
+from test_bundle import CODE
+
+
+@pytest.fixture(scope="module")
+def ana(tmp_path_factory) -> Identity:
+    return members(tmp_path_factory.mktemp("federation")).lead.identity
+
+
+def settings(**values) -> SiteSettings:
+    return SiteSettings(server="127.0.0.1:1", **values)
+
+
+def job(**values) -> config.Job:
+    return config.parse({"name": "toy", "recipe": "causal-lm", **values})
+
+
+def bundle(ana: Identity, files=(), **values) -> Bundle:
+    return Bundle(job(**values), ana, dict.fromkeys(files, (1, "0" * 64)), datetime.now(UTC))
+
+
+@pytest.mark.parametrize(("values", "where"), CODE)
+def test_code_of_strangers_is_refused(ana, values, where):
+    """Every way of bringing code, by a signer that the site does not name, and by one that it does."""
+    recipe = values.get("recipe", {"name": "causal-lm"})
+    name = recipe if isinstance(recipe, str) else recipe["name"]
+    for recipes in (None, ["causal-lm", "script"]):
+        with pytest.raises(PolicyError, match=r"ana|not allowed"):
+            policy.decide(bundle(ana, **values), "s0", settings(policy={"recipes": recipes}))
+    trusting = settings(policy={"recipes": [name], "signers": ["ana"]})
+    policy.decide(bundle(ana, **values), "s0", trusting)
+
+
+def test_code_that_the_site_has_installed_and_named(ana):
+    named = settings(policy={"recipes": ["ours:build"], "modules": ["ours:strategy"]})
+    policy.decide(bundle(ana, recipe={"name": "ours:build"}, strategy={"name": "ours:strategy"}), "s0", named)
+    for values in (
+        {"strategy": {"name": "ours:build"}},
+        {"filters": ["os:system"]},
+        {"model": {"factory": "ours:strategy"}},
+    ):
+        with pytest.raises(PolicyError, match="code of its own"):
+            policy.decide(bundle(ana, **{"recipe": {"name": "ours:build"}, **values}), "s0", named)
+    with pytest.raises(PolicyError, match=r"files.net.py"):
+        policy.decide(bundle(ana, recipe={"name": "ours:build"}, files=["net.py"]), "s0", named)
+
+
+def test_scripts_need_a_signer_even_where_the_recipe_is_allowed(ana):
+    allowed = settings(policy={"recipes": ["script"], "modules": ["script"]})
+    with pytest.raises(PolicyError, match="runs code of: nobody"):
+        policy.decide(bundle(ana, recipe={"name": "script", "path": "t.py"}), "s0", allowed)
+
+
+def test_recipes_rounds_and_threads(ana):
+    with pytest.raises(PolicyError, match="it allows: token-classification"):
+        policy.decide(bundle(ana), "s0", settings(policy={"recipes": ["token-classification"]}))
+    with pytest.raises(PolicyError, match="allows 9"):
+        policy.decide(bundle(ana), "s0", settings(policy={"max_rounds": 9}))
+    four = {"engine": {"threads": 4, "sites": {"s1": {"cpus": 1}}}}
+    with pytest.raises(PolicyError, match=r"engine.sites.s0.cpus"):
+        policy.decide(bundle(ana, **four), "s0", settings(resources={"cpus": 3}))
+    policy.decide(bundle(ana, **four), "s1", settings(resources={"cpus": 3}))
+    policy.decide(bundle(ana), "s0", settings())
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({}, "the filter 'clip'"),
+        ({"filters": [{"name": "clip", "max_norm": 2.0}]}, "at most 1"),
+        ({"filters": [{"name": "clip"}]}, "None"),
+        ({"filters": [{"name": "clip", "max_norm": True}]}, "True"),
+        ({"filters": [{"name": "clip", "max_norm": "0.1"}]}, "0.1"),
+        ({"filters": [{"name": "clip", "max_norm": 1.0}], "baselines": {"local": True}}, "without filters"),
+    ],
+)
+def test_required_filters(ana, values, reason):
+    asked = settings(policy={"require_filters": {"clip": {"max_norm": 1.0}}})
+    with pytest.raises(PolicyError, match=reason):
+        policy.decide(bundle(ana, **values), "s0", asked)
+    policy.decide(bundle(ana, filters=[{"name": "clip", "max_norm": 1.0}]), "s0", asked)
+
+
+def never(bundle):
+    return "not on a Sunday"
+
+
+def always(bundle):
+    assert bundle.signer.name == "ana"
+
+
+def broken(bundle):
+    raise ZeroDivisionError("x")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("never", "not on a Sunday"), ("broken", "ZeroDivisionError"), ("missing", "could not be asked")],
+)
+def test_a_plugin_of_the_sites_own(ana, name, reason, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "site_rules", sys.modules[__name__])
+    with pytest.raises(PolicyError, match=reason):
+        policy.decide(bundle(ana), "s0", settings(policy={"plugin": f"site_rules:{name}"}))
+    policy.decide(bundle(ana), "s0", settings(policy={"plugin": "site_rules:always"}))
+
+
+def test_data_by_name_only(tmp_path):
+    here = settings(data={"notes": {"train": "notes/*.jsonl"}, "more": {"train": "/d/m", "test": "/d/t"}})
+    found = policy.localised(job(data={"train": "site:notes"}), "s0", here, tmp_path)
+    assert found.data.train == {"s0": str(tmp_path / "notes/*.jsonl")}
+    assert found.data.test is None
+    assert policy.localised(job(data={"train": "site:more"}), "s0", here, tmp_path).data.test == {"s0": "/d/t"}
+    both = policy.localised(job(data={"train": "site:notes", "test": "site:more"}), "s0", here, tmp_path)
+    assert both.data.test == {"s0": "/d/m"}
+    split = job(data={"train": "site:notes"}, partition={"name": "iid", "sites": 3})
+    assert policy.localised(split, "s0", here, tmp_path).partition is None
+    for data in (
+        {"train": "/etc/passwd"},
+        {"train": {"s0": "/etc/passwd"}},
+        {"train": "site:notes", "test": "/etc/passwd"},
+    ):
+        with pytest.raises(PolicyError, match="by name only"):
+            policy.localised(job(data=data), "s0", here, tmp_path)
+    with pytest.raises(PolicyError, match="Did you mean 'notes'"):
+        policy.localised(job(data={"train": "site:note"}), "s0", here, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/models/secret", "../../secret", "~/secret", "a/../../b"])
+def test_models_by_name_or_with_the_job(tmp_path, name):
+    here = settings(models={"Qwen/Qwen3-0.6B": "qwen"})
+    for model in ({"base": name}, {"tokenizer": name}, {"factory": f"{name}/w.safetensors"}):
+        with pytest.raises(PolicyError, match=r"Qwen/Qwen3-0.6B"):
+            policy.localised(job(model=model), "s0", here, tmp_path)
+    with pytest.raises(PolicyError, match=r"recipe.path"):
+        policy.localised(job(recipe={"name": "script", "path": name}), "s0", here, tmp_path)
+    found = policy.localised(job(model={"base": "Qwen/Qwen3-0.6B", "tokenizer": "bytes"}), "s0", here, tmp_path)
+    assert (found.model.base, found.model.tokenizer) == (str(tmp_path / "qwen"), "bytes")
+    assert policy.localised(job(model={"base": "base"}), "s0", here, tmp_path).model.base == "base"
+
+
+# Plans
+
+
+def given(**values) -> Assignment:
+    fields = {"task": "t", "job": "toy-0001", "bundle": "0" * 64, "kind": "train", "course": "toy", "round": 2}
+    return Assignment(**{**fields, "plan": "0" * 64, "inline": b"", **values})
+
+
+PARAMS = {"a": np.ones(10, np.float32), "n": np.zeros(1, np.int64)}
+PLAN = Plan("toy", 2, "train", 5, PARAMS, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"round": 3}, {"task": "evaluate"}, {"job": "local.s0"}, {"seed": 1}, {"inbox": "x"}, {"outbox": "../../x"}],
+)
+def test_plans_of_something_else(change):
+    policy.check_plan(PLAN, job(), given())
+    with pytest.raises(PolicyError):
+        policy.check_plan(dataclasses.replace(PLAN, **change), job(), given())
+
+
+def test_plans_beyond_the_signed_rounds():
+    with pytest.raises(PolicyError, match="signed with 10 rounds"):
+        policy.check_plan(dataclasses.replace(PLAN, round=11), job(), given(round=11))
+
+
+# Updates
+
+
+def update(tmp_path: Path, **changes) -> Path:
+    parts = {"delta": {"a": np.full(10, 0.5, np.float32)}}
+    made = dataclasses.replace(Update("s0", 2, 5, parts, 1.0, {"loss_sum": 1.0}), **changes)
+    path = tmp_path / "update.hansa"
+    wire.spool(made, path)
+    return path
+
+
+def checked(path: Path, plan: Plan = PLAN, rules: Policy | None = None, **values) -> None:
+    policy.check_update(path, plan, job(**values), "s0", rules or Policy())
+
+
+def test_a_sound_update_may_leave(tmp_path):
+    checked(update(tmp_path))
+    with_control = dataclasses.replace(PLAN, parts={"control": {"a": np.zeros(10, np.float32)}})
+    two = {"delta": {"a": np.ones(10, np.float32)}, "control": {"a": np.ones(10, np.float32)}}
+    checked(update(tmp_path, parts=two), with_control)
+    checked(update(tmp_path, parts={}), dataclasses.replace(PLAN, task="evaluate"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"site": "s1"},
+        {"round": 3},
+        {"version": 6},
+        {"weight": 0.0},
+        {"weight": -1.0},
+        {"sums": {str(i): 1.0 for i in range(2000)}},
+        {"parts": {"delta": {"a": np.ones(12, np.float32)}}},
+        {"parts": {"delta": {"a": np.ones(10, np.float32)}, "extra": {"a": np.ones(1, np.float32)}}},
+        {"parts": {"delta": {"a": np.full(10, np.nan, np.float32)}}},
+        {"parts": {"delta": {"a": np.full(10, np.inf, ml_dtypes.bfloat16)}}},
+        {"parts": {"delta": {"x" * 100_000: np.ones(1, np.float32)}}},
+    ],
+)
+def test_updates_that_stay_here(tmp_path, changes):
+    with pytest.raises(PolicyError):
+        checked(update(tmp_path, **changes))
+
+
+def test_an_evaluation_carries_no_tensors(tmp_path):
+    with pytest.raises(PolicyError, match="parts"):
+        checked(update(tmp_path), dataclasses.replace(PLAN, task="evaluate"))
+
+
+def test_that_a_filter_was_applied_is_seen_in_the_update(tmp_path):
+    rules = Policy(require_filters={"clip": {"max_norm": 1.0}})
+    norm = float(np.sqrt(10 * 0.25))
+    weighed = {"delta": {"a": np.full(10, 0.5 * 3, np.float32)}}
+    for changes in ({}, {"parts": weighed, "weight": 3.0}):
+        with pytest.raises(PolicyError, match=f"norm {norm:g}"):
+            checked(update(tmp_path, **changes), rules=rules)
+    inside = {"delta": {"a": np.full(10, 3 / np.sqrt(10), np.float32)}}
+    checked(update(tmp_path, parts=inside, weight=3.0), rules=rules)
+    with pytest.raises(PolicyError, match="norm 3"):
+        checked(update(tmp_path, parts=inside, weight=1.0), rules=rules)
+    rounded = {"delta": {"a": (np.full(10, 3 / np.sqrt(10)) * 1.003).astype(ml_dtypes.bfloat16)}}
+    checked(update(tmp_path, parts=rounded, weight=3.0), rules=rules)
+
+
+def test_an_unweighed_part_counts_as_it_is(tmp_path):
+    rules = Policy(require_filters={"clip": {"max_norm": 1.0}})
+    plan = dataclasses.replace(PLAN, parts={"control": {"a": np.zeros(10, np.float32)}})
+    parts = {"delta": {"a": np.zeros(10, np.float32)}, "control": {"a": np.full(10, 1.0, np.float32)}}
+    plain = {"strategy": {"name": "scaffold", "objective": "sites"}, "train": {"optimizer": "sgd"}}
+    with pytest.raises(PolicyError, match=r"norm 3.16"):
+        checked(update(tmp_path, parts=parts, weight=1000.0), plan, rules, **plain)
