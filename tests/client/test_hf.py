@@ -135,6 +135,16 @@ def test_a_patched_trainer_is_plain_training(tmp_path, way, strategy):
     assert not [name for name in done.records[0]["metrics"] if "runtime" in name or "per_second" in name]
 
 
+def test_two_processes_share_gradients_though_the_script_evaluates_first(tmp_path):
+    code = SCRIPT.replace("flare.get_site_name()[-1]", "(flare.get_site_name() or '1')[-1]")
+    code = code.replace("per_device_train_batch_size=4", "per_device_train_batch_size=2")
+    code += "\ntorch.distributed.destroy_process_group()\n"
+    recipe = {"launch": LAUNCH, "sites": 1}
+    done = run(a_job(tmp_path, code, [""], recipe=recipe, strategy={"name": "fedprox", "mu": 0.0}))
+    for name, leaf in by_hand(sites=(1,)).items():
+        np.testing.assert_allclose(final(done)[name], leaf, atol=1e-5)
+
+
 LORA_MODEL = """
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict

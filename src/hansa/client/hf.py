@@ -20,7 +20,8 @@
 | | always a round's; after a crash of the process both start anew |
 | random numbers | ``args.seed`` and ``args.data_seed`` are ``meta["seed"]``, so every round has batches of its own |
 | FedProx, SCAFFOLD | work (``recipe.steps = "prepared"``); SCAFFOLD with ``optim = "sgd"`` |
-| several processes | DDP and FSDP under ``torchrun``: rank 0 talks, the others are sent what it received |
+| several processes | DDP and FSDP under ``torchrun``: rank 0 talks, the others are sent what it received; |
+| | ``evaluate`` before the first ``train`` does not keep the model from being wrapped |
 | DeepSpeed | JobError: its state is not gathered |
 """
 
@@ -117,7 +118,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         self._restore = restore_state
         self._strict = strict
         self._train, self._evaluate = trainer.train, trainer.evaluate
-        self._training = False
+        self._training = self._wrapped = False
         self._loaded: int | None = None
         self._metrics: dict[str, float] = {}
         self._judged_turn: int | None = None
@@ -149,6 +150,8 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         self._task()
         self._load()
         metrics = self._evaluate(*args, **kwargs)
+        if not self._wrapped:  # accelerate takes it for ready now: train() would not wrap it, nor share gradients
+            vars(self._trainer.model).pop("_is_accelerate_prepared", None)
         self._metrics = {n: float(v) for n, v in metrics.items() if not n.endswith(_SPEEDS) and _is_number(v)}
         if self._session.task == "evaluate":
             self._session.send(FLModel(metrics=self._metrics))
@@ -158,6 +161,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the received model into what the trainer has wrapped, and see the optimiser's steps."""
+        self._wrapped = True
         self._load()
         Stepping(self._session, models.parameters(self._trainer.model_wrapped), self._trainer.optimizer)
 
