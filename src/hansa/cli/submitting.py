@@ -35,6 +35,8 @@ STATES = {
 LAST_ROUNDS = 10
 """How many rounds `hansa job show` shows."""
 
+_DIGEST = 64
+
 
 def submit(kit: Path, file: Path, overrides: Sequence[str], *, follow: bool, key: str | None, as_json: bool) -> None:
     """Submit a job, and watch it to its end if asked to.
@@ -102,9 +104,7 @@ def jobs(kit: Path, *, as_json: bool) -> None:
     for line in lines:
         error = Text(line.error.partition("\n")[0])
         rounds = f"{line.round}/{line.rounds}"
-        table.add_row(
-            Text(line.job), Text(line.submitter), _state(line.state), rounds, _time(line.created), Text(error)
-        )
+        table.add_row(Text(line.job), Text(line.submitter), _state(line.state), rounds, _time(line.created), error)
     to.print(table)
 
 
@@ -265,7 +265,8 @@ def audit(directory: Path, overrides: Sequence[str], *, as_json: bool) -> None:
     table = _table("time", "who", "did", "to", "outcome", "")
     for row in rows:
         outcome = Text(row.outcome, "red" if row.outcome == "refused" else "")
-        cells = (Text(text) for text in (row.actor, row.action, row.subject))
+        subject = f"{row.subject[:12]}..." if len(row.subject) == _DIGEST else row.subject
+        cells = (Text(text) for text in (row.actor, row.action, subject))
         table.add_row(_time(row.time), *cells, outcome, Text(row.detail))
     console.out().print(table)
 

@@ -94,6 +94,8 @@ class SiteData:
     @cached_property
     def names(self) -> list[str]:
         """The sites' names, sorted."""
+        if isinstance(self._data.train, Mapping):
+            return sorted(self._data.train)  # without a look at the files: a server has nobody's
         return sorted(self._pooled if self._partition else self._inputs)
 
     def load(self, site: str) -> Split:

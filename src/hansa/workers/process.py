@@ -216,6 +216,8 @@ def main(descriptor: int) -> None:
         if start.memory_bytes is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (start.memory_bytes, start.memory_bytes))
         worker = _build(parse(json.loads(start.job)), Path(start.directory), bounded=start.memory_bytes is not None)
+        program = worker.program
+        ready = Ready(sorted(program.sites), [trait.name for trait in program.traits])
     except MemoryError:
         if start.memory_bytes is not None:
             os._exit(OUT_OF_MEMORY)
@@ -223,8 +225,7 @@ def main(descriptor: int) -> None:
     except Exception as error:  # noqa: BLE001 - the engine raises it where the user sees it
         line.send(failed(0, error))
         return
-    program = worker.program
-    line.send(Ready(sorted(program.sites), [trait.name for trait in program.traits]))
+    line.send(ready)
     while (task := tasks.get()) is not None:
         line.send(worker.answer(task))
     with contextlib.closing(program):
