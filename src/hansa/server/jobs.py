@@ -50,6 +50,8 @@ PATIENCE_S = 600.0
 RESULTS = "results.json"
 
 _PAUSE_S = 5.0
+_OWN = ("work", "checkpoints", "files", "bundle.zip", "bundle.manifest", ".lock")
+"""What is in a job's folder and no result."""
 
 _LOG = logging.getLogger("hansa.server.jobs")
 
@@ -333,7 +335,7 @@ def publish_results(directory: Path) -> dict[str, tuple[str, int]]:
     found: dict[str, tuple[str, int]] = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
-        if path.is_file() and name.parts[0] not in ("work", "checkpoints", "files", "bundle.zip", "bundle.manifest", ".lock"):
+        if path.is_file() and name.parts[0] not in _OWN:
             manifest = describe(path)
             (manifests / manifest.digest).write_bytes(manifest.encode())
             found[name.as_posix()] = (manifest.digest, manifest.num_bytes)

@@ -205,29 +205,28 @@ class Remote:
     async def answers(
         self, course: str, round: int, kind: TaskKind, plan: str, sites: Sequence[str], deadline_s: float | None
     ) -> AsyncGenerator[TaskRow, None]:
-        """Ask ``sites`` and yield a row for each as soon as it is not open any more."""
+        """Ask ``sites`` and yield a row for each as soon as it is not open any more.
+
+        Whatever ends this early leaves the tasks open: asked for again, after a restart or a full disk, they are the
+        same tasks, and sites have gone on with them.
+        """
         rows = await asyncio.to_thread(self.store.open_tasks, self.id, course, round, kind, plan, sites)
         self._announced.discard(plan)
         self.desk.ring(sites)
         waiting = {row.task: row for row in rows.values()}
-        try:
-            while True:
-                for row in sorted(waiting.values(), key=lambda row: row.site):
-                    settled = row if row.state != "open" else await self._given_up(row, deadline_s)
-                    if settled is not None:
-                        del waiting[row.task]
-                        yield settled
-                if not waiting:
-                    return
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _TICK_S)
-                self._news.clear()
-                now = await asyncio.to_thread(self.store.tasks, self.id, kind)
-                waiting |= {row.task: row for row in now if row.task in waiting}
-        finally:
-            if waiting:
-                await asyncio.to_thread(self.store.withdraw, self.id, course, round, kind)
-                self.desk.ring(sites)
+        while True:
+            for row in sorted(waiting.values(), key=lambda row: row.site):
+                settled = row if row.state != "open" else await self._given_up(row, deadline_s)
+                if settled is not None:
+                    del waiting[row.task]
+                    yield settled
+            if not waiting:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), _TICK_S)
+            self._news.clear()
+            now = await asyncio.to_thread(self.store.tasks, self.id, kind)
+            waiting |= {row.task: row for row in now if row.task in waiting}
 
     async def _given_up(self, row: TaskRow, deadline_s: float | None) -> TaskRow | None:
         """Close a task whose site has overrun its deadline or is gone, and return it; None while there is hope."""

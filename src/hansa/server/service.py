@@ -271,7 +271,7 @@ class Service:
         key = update_key(row.job, row.task)
         path = self._blobs.path(key)
         if said.inline is not None:
-            storage.write_atomic(path, said.inline)
+            _write(path, said.inline)
             self._metrics.received(len(said.inline))
         elif not path.exists():
             raise StorageError("The update that the answer names is not here; send it again.", job=row.job, site=site)
@@ -486,6 +486,17 @@ def members(kit: Kit) -> list[str]:
     """Return the names of the federation's sites."""
     prefix = f"{Role.SITE.value}/"
     return sorted(name.removeprefix(prefix) for name in kit.roster().members if name.startswith(prefix))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that :meth:`Blobs.keep` makes durable."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage.full(path, error) from error
 
 
 def _problem(path: Path, row: TaskRow) -> str | None:

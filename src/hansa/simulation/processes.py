@@ -233,8 +233,7 @@ def _expect(answer: Answer, kind: type[_A]) -> _A:
 
 
 def _read_parts(path: Path) -> Parts:
-    with path.open("rb") as file:
-        return wire.read_parts(file, wire.read_envelope(file))
+    return wire.open_parts(path)[1]
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
