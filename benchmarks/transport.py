@@ -235,7 +235,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="hansa-transport-"))
     try:
         provision(folder, args.mib, max(args.clients))
-        print("| path | clients | GB/s, median (least to most) | server CPU s/GiB | client CPU s/GiB | peak RssAnon MiB, server | client |")
+        print(
+            "| path | clients | GB/s, median (least to most) | server CPU s/GiB | client CPU s/GiB | peak RssAnon MiB, server | client |"
+        )
         print("|---|---|---|---|---|---|---|")
         for clients in args.clients:
             for path in ["bare socket", "bare hash+disk", "hansa up", "hansa down"]:
