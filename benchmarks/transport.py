@@ -236,7 +236,8 @@ def main() -> None:
     try:
         provision(folder, args.mib, max(args.clients))
         print(
-            "| path | clients | GB/s, median (least to most) | server CPU s/GiB | client CPU s/GiB | peak RssAnon MiB, server | client |"
+            "| path | clients | GB/s, median (least to most) | server CPU s/GiB | client CPU s/GiB "
+            "| peak RssAnon MiB, server | client |"
         )
         print("|---|---|---|---|---|---|---|")
         for clients in args.clients:
