@@ -34,19 +34,20 @@ class Quadratics:
         size: elements of the one tensor ``w``.
         delay_s: how long a step takes, by site or for all.
         faults: (site, round) -> what goes wrong: raise, data, nan, exit, partial.
+        varied: whether the elements begin apart, so that no two stretches of them have the same bytes.
         trained: a file that gets a line, site and round, for each time that a site has trained.
     """
 
-    def __init__(self, size=4, delay_s=0.0, faults=None, sites=SITES, trained=None):
+    def __init__(self, size=4, delay_s=0.0, faults=None, sites=SITES, trained=None, varied=False):
         self.sites = tuple(sites)
         self.traits = frozenset({Trait.STEPWISE})
-        self._size = size
+        self._start = np.arange(size, dtype=np.float64) / size if varied else np.zeros(size, np.float64)
         self._delay_s = delay_s if isinstance(delay_s, dict) else dict.fromkeys(sites, delay_s)
         self._faults = faults or {}
         self._trained = trained
 
     def initial(self):
-        return {"w": np.zeros(self._size, np.float64), "count": np.zeros(1, np.int64)}
+        return {"w": self._start, "count": np.zeros(1, np.int64)}
 
     def inspect(self, site):
         if self._faults.get((site, 0)) == "data":

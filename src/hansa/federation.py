@@ -166,8 +166,8 @@ class Federation:
             moved: told how far the upload is.
 
         Raises:
-            JobError: a file that the job names is missing, a quota is full, or the server can't take the job.
-            AccessError: one may not submit jobs.
+            JobError: a file that the job names is missing, or the server can't take the job.
+            AccessError: one may not submit jobs, or has as many as the quota allows.
             UnreachableError: the server could not be reached while patience lasted.
         """
         key = key or uuid.uuid4().hex
@@ -308,7 +308,9 @@ class Federation:
         if names is not None:
             for name in names:
                 if not any(_is_in(file, name) for file in files):
-                    raise JobError(f"The job has no result {name!r}.{nearest(name, sorted(files))}", job=id)
+                    known = sorted({*files, *(file.partition("/")[0] for file in files)})
+                    near = nearest(name, known) or f" It has: {', '.join(known)}."
+                    raise JobError(f"The job has no result {name!r}.{near}", job=id)
             wanted = [file for file in wanted if any(_is_in(file, name) for name in names)]
         paths = []
         for file in wanted:
