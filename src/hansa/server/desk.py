@@ -102,12 +102,14 @@ class Desk:
             return 0.0
         return activity.seconds + (time.monotonic() - told if activity.phase == "working" else 0.0)
 
-    def seen(self, site: str) -> tuple[float | None, str, bool, list[str]]:
-        """Return seconds since the site was heard from, its release, whether it attends, and what it is at."""
+    def seen(self, site: str) -> tuple[float | None, str, bool, list[Activity]]:
+        """Return seconds since the site was heard from, its release, whether it attends, and what it is at now."""
+        now = time.monotonic()
         with self._lock:
             entry = self._site(site)
-            since = None if entry.heard is None else time.monotonic() - entry.heard
-            doing = [f"{item.task}: {item.phase} for {item.seconds:.0f} s" for _, item in entry.activities.values()]
+            since = None if entry.heard is None else now - entry.heard
+            said = entry.activities.values()
+            doing = [Activity(item.task, item.phase, item.seconds + now - told) for told, item in said]
             return since, entry.release, entry.streams > 0, doing
 
     def connected(self, lease_s: float) -> int:

@@ -437,11 +437,24 @@ class Service:
         for site in self._sites_of(id):
             task = answers.get(site)
             sites[site] = "not asked yet" if task is None else _said(task)
-            activities[site] = "; ".join(self._desk.seen(site)[3]) if row.state == "running" else ""
+            activities[site] = "; ".join(self._doing(site, row)) if row.state == "running" else ""
         document = run.job.model_dump(mode="json")
         for private in ("directory", "output"):
             document.pop(private)
         return JobView(_line(row), document, run.records, sites, activities, results_of(run.directory))
+
+    def _doing(self, site: str, job: JobRow | None = None) -> list[str]:
+        """Return what a site is at now, in words; for one job, or for all with their ids before it."""
+        texts = []
+        for activity in self._desk.seen(site)[3]:
+            task = self._store.task(activity.task)
+            if task is None or task.site != site or (job is not None and task.job != job.id):
+                continue
+            work = {"inspect": "checking", "train": "training", "evaluate": "evaluating"}[task.kind]
+            round = f", round {task.round}" if task.round else ""
+            whose = "" if job is not None else f"{task.job}: "
+            texts.append(f"{whose}{work}{round}: {activity.phase} for {activity.seconds:.0f} s")
+        return texts
 
     def _delete(self, row: JobRow) -> None:
         if row.state in ("queued", "running") or self._jobs.at_work(row.id):
@@ -471,9 +484,9 @@ class Service:
                 allowed(caller, Permission.SITES, sites=[site])
             except AccessError:
                 continue
-            since, release, attends, doing = self._desk.seen(site)
+            since, release, attends, _ = self._desk.seen(site)
             connected = since is not None and (attends or since <= self._settings.lease_s)
-            lines.append(SiteLine(site, "connected" if connected else "gone", since, release, doing))
+            lines.append(SiteLine(site, "connected" if connected else "gone", since, release, self._doing(site)))
         if not lines:
             allowed(caller, Permission.SITES, sites=[caller.at_site or ""])
         return SiteLines(lines)
