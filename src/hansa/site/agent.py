@@ -39,7 +39,7 @@ from pathlib import Path
 from hansa.core import storage, wire
 from hansa.errors import AccessError, HansaError, JobError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
-from hansa.site.joined import JoinedJob, lost
+from hansa.site.joined import IDLE_S, JoinedJob, lost
 from hansa.site.outbox import Entry, Outcome
 from hansa.site.settings import FILE, SiteSettings, load
 from hansa.site.warm import whole
@@ -151,13 +151,39 @@ class Agent:
             ) as connection:
                 try:
                     async with asyncio.TaskGroup() as group:
-                        group.create_task(_persistent("The doorbell", lambda: self._listen(connection)))
-                        group.create_task(_persistent("A report", lambda: self._report(connection)))
-                        group.create_task(_persistent("The agenda", lambda: self._follow_agenda(connection, joined)))
+                        group.create_task(self._persistent("The doorbell", lambda: self._listen(connection)))
+                        group.create_task(self._persistent("A report", lambda: self._report(connection)))
+                        group.create_task(
+                            self._persistent("The agenda", lambda: self._follow_agenda(connection, joined))
+                        )
+                        group.create_task(self._let_rest())
                 except BaseExceptionGroup as failed:
                     raise _first(failed) from None
                 finally:
                     await self._end()
+
+    async def _persistent(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do ``work``, which never ends by itself, again and again whatever the server answers.
+
+        Raises:
+            AccessError, VersionError: no other try would help.
+        """
+        pauses = _pauses()
+        while True:
+            begun, shown = time.monotonic(), self._kit.pair()
+            try:
+                await work()
+            except VersionError:
+                raise
+            except AccessError:
+                if self._kit.pair() == shown:
+                    raise
+                _LOG.info("%s goes on with the certificate that is new.", what)
+            except (HansaError, OSError) as error:
+                _LOG.warning("%s failed and is tried again: %s", what, error)
+            if time.monotonic() - begun > _MAX_PAUSE_S:
+                pauses = _pauses()
+            await asyncio.sleep(next(pauses))
 
     async def _end(self) -> None:
         """End all work, its processes too; what is finished waits on disk."""
@@ -288,6 +314,12 @@ class Agent:
             del self._leaving[id]
             self._news.set()
 
+    async def _let_rest(self) -> None:
+        while True:
+            await asyncio.sleep(IDLE_S / 10)
+            for job in [*self._jobs.values()]:
+                await job.rest()
+
     # Tasks
 
     def _done(self, name: str, task: asyncio.Task[None]) -> None:
@@ -408,26 +440,6 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(2 * pause, _MAX_PAUSE_S)
-
-
-async def _persistent(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Do ``work``, which never ends by itself, again and again whatever the server answers.
-
-    Raises:
-        AccessError, VersionError: no other try would help.
-    """
-    pauses, begun = _pauses(), time.monotonic()
-    while True:
-        try:
-            await work()
-        except (AccessError, VersionError):
-            raise
-        except (HansaError, OSError) as error:
-            _LOG.warning("%s failed and is tried again: %s", what, error)
-        if time.monotonic() - begun > _MAX_PAUSE_S:
-            pauses = _pauses()
-        await asyncio.sleep(next(pauses))
-        begun = time.monotonic()
 
 
 def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -16,6 +16,7 @@
 | a task is withdrawn while it is worked on | the worker ends; what another task needs is started anew |
 | the roster changes | the signature is checked again before the next task: a revoked signer's job is refused |
 | the server changes its mind about what was signed | ``refused``: a job has one bundle |
+| no task comes for ``IDLE_S`` | the worker ends; the next task starts another |
 | another job brought the same files | they are taken from its bundle instead of fetched |
 """
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -45,6 +47,9 @@ from hansa.transport.messages import Assignment, Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
 from hansa.workers import messages
 from hansa.workers.messages import Absent, Answered, Inspect, Perform, Work
+
+IDLE_S = 900.0
+"""How long a worker is kept warm for the next task."""
 
 REASON_LENGTH = 4000
 
@@ -82,6 +87,7 @@ class JoinedJob:
         self._admitted_by = -1
         self._joining = asyncio.Lock()
         self._turn = asyncio.Lock()
+        self._last = time.monotonic()
         self._wanted: Counter[Path] = Counter()
         self._worker = WarmWorker(site, settings, directory)
 
@@ -104,6 +110,7 @@ class JoinedJob:
             plan = None if given.kind == "inspect" else await self._receive(connection, given, job)
             told("waiting")
             async with self._turn:
+                self._last = time.monotonic()
                 told("working")
                 if plan is None:
                     found = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
@@ -115,6 +122,7 @@ class JoinedJob:
         except SiteError as error:
             return lost(error.message)
         finally:
+            self._last = time.monotonic()
             self._wanted -= Counter([self._plan_path(given)])
 
     async def _join(self, connection: Connection, given: Assignment) -> Job:
@@ -258,6 +266,12 @@ class JoinedJob:
             await whole(partial(wire.spool, empty, out))
         await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
         return Outcome()
+
+    async def rest(self) -> None:
+        """Give memory back if there has been no task for ``IDLE_S``: the job may have been aborted, or it is slow."""
+        if not self._turn.locked() and time.monotonic() - self._last >= IDLE_S:
+            async with self._turn:
+                await self._worker.rest()
 
     async def close(self) -> None:
         """Let the worker close its program, then end it; nothing is begun any more."""

@@ -130,13 +130,19 @@ class WarmWorker:
             worker.kill(reason)
             await asyncio.wait({worker.serving})
 
-    async def close(self, *, at_once: bool) -> None:
-        """End the worker, after its program has been closed if there is time; none is started any more."""
-        self._closed = True
+    async def rest(self) -> None:
+        """End the worker, after its program has been closed if there is time; the next request starts another."""
         worker = self._worker
-        if worker is not None and worker.serving is not None and worker.ready and not at_once:
+        if worker is not None and worker.serving is not None and worker.ready:
             worker.send(Close())
             await asyncio.wait({worker.serving}, timeout=_CLOSE_S)
+        await self._stop("there was nothing to do")
+
+    async def close(self, *, at_once: bool) -> None:
+        """End the worker, as `rest` does or at once; none is started any more."""
+        self._closed = True
+        if not at_once:
+            await self.rest()
         await self._stop("the site has left the job")
 
 
