@@ -154,10 +154,13 @@ def check_update(path: Path, plan: Plan, job: Job, site: str, policy: Policy) ->
     squares = dict.fromkeys(header.layout, 0.0)
     for chunk in update.chunks():
         if trees.is_floating(chunk.values.dtype):
-            wide = chunk.values.astype(np.float64)
-            square = float(np.dot(wide, wide))
-            if not math.isfinite(square) and not trees.finite(chunk.values):
-                raise PolicyError(f"The update's tensor {chunk.tensor[:80]!r} is NaN or infinite; it was not sent.")
+            values = chunk.values.astype(trees.wide(chunk.values.dtype), copy=False)
+            with np.errstate(over="ignore", invalid="ignore"):
+                square = float(np.dot(values, values))
+            if not math.isfinite(square):  # not finite, or too large for float32
+                if not trees.finite(values):
+                    raise PolicyError(f"The update's tensor {chunk.tensor[:80]!r} is NaN or infinite; it was not sent.")
+                square = float(np.dot(wide := values.astype(np.float64), wide))
             squares[chunk.part] += square
     if plan.task == "train":
         for name, bounds in policy.require_filters.items():
