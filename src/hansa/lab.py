@@ -140,9 +140,9 @@ class Lab:
         self._settings = settings
         self._keep = keep
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._life: tuple[int, int] | None = None if keep else os.pipe()
         pki.provision(directory, "lab", f"127.0.0.1:{pki.DEFAULT_PORT}", sites, [LEAD])
         self._states.mkdir()
+        self._life: tuple[int, int] | None = None if keep else os.pipe()
         self._write(directory / SERVER / "server.toml", {"listen": "127.0.0.1:0", "http": "off", **settings})
 
     def __enter__(self) -> Lab:
