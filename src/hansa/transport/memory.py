@@ -14,6 +14,7 @@ import platform
 _MMAP_THRESHOLD = -3
 _TRIM_THRESHOLD = -1
 _TOP_PAD = -2
+_ARENA_MAX = -8
 
 
 def tune_allocator() -> None:
@@ -23,3 +24,4 @@ def tune_allocator() -> None:
         libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_TRIM_THRESHOLD, 256 << 20)
         libc.mallopt(_TOP_PAD, 16 << 20)
+        libc.mallopt(_ARENA_MAX, 2)  # each arena keeps buffers of its own, and gRPC's threads would make many

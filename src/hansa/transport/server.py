@@ -28,7 +28,7 @@ import os
 import secrets
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -62,13 +62,12 @@ STALL_S = 60.0
 PATROL_S = 1.0
 AHEAD = 2
 """Pieces of a stream that are read or written while another is on the network."""
-WINDOW_BYTES = 2 << 20
-"""What a peer may have under way that nobody has asked for yet. gRPC's own tuning holds 40 MiB a peer.
-Together with a piece this is what a round trip carries: 18 MB/s for one upload over 100 ms."""
-TURNS = 4
-"""Uploads whose next pieces are awaited at once, and pieces that are hashed and written at once."""
-SLOW_S = 0.2
-"""A piece that takes longer to come is awaited beside the others: a slow link takes up nobody's turn."""
+WINDOW_BYTES = 4 << 20
+"""What an upload may have under way, so what a round trip carries; it fills up only where the server is the slower."""
+LANES = 4
+"""Transfers that move at once: memory does not grow with those that wait."""
+SLOW_BYTES_PER_S = 16 << 20
+"""A transfer slower than this waits for its link, not for the server: it goes on without a lane."""
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +115,7 @@ class Server:
         self._expelled: dict[asyncio.Task[Any], HansaError] = {}
         self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
         self._configuration: tuple[bytes, ...] = ()
-        self._reading = asyncio.Semaphore(TURNS)
-        self._writing = asyncio.Semaphore(TURNS)
+        self._lanes = asyncio.Semaphore(LANES)
         self._server: Any = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -285,12 +283,14 @@ class Server:
 
         ahead: list[asyncio.Future[bytes]] = []
         try:
-            for index in in_ranges(get.ranges, manifest):
-                ahead.append(self._in_thread(load, index))
-                if len(ahead) > AHEAD:
+            async with self._lane(context) as moved:
+                for index in in_ranges(get.ranges, manifest):
+                    ahead.append(self._in_thread(load, index))
+                    if len(ahead) > AHEAD:
+                        await context.write(await ahead.pop(0))
+                    moved(manifest.pieces[index][0])
+                while ahead:
                     await context.write(await ahead.pop(0))
-            while ahead:
-                await context.write(await ahead.pop(0))
         finally:
             await _settled(ahead)
             os.close(descriptor)
@@ -313,17 +313,17 @@ class Server:
         writing: list[asyncio.Future[None]] = []
         try:
             ranges = incoming.missing()
-            await context.write(protocol.encode(Wanted(ranges)))
-            for _ in range(sum(end - begin for begin, end in ranges)):
-                index, payload = protocol.unframe(await self._in_turn(self._read(context)))
-                await self._writing.acquire()
-                writing.append(self._in_thread(incoming.write, index, payload))
-                writing[-1].add_done_callback(lambda _: self._writing.release())
-                del payload
-                if len(writing) > AHEAD:
+            async with self._lane(context) as moved:
+                await context.write(protocol.encode(Wanted(ranges)))
+                for _ in range(sum(end - begin for begin, end in ranges)):
+                    index, payload = protocol.unframe(await self._read(context))
+                    moved(len(payload))
+                    writing.append(self._in_thread(incoming.write, index, payload))
+                    del payload
+                    if len(writing) > AHEAD:
+                        await writing.pop(0)
+                while writing:
                     await writing.pop(0)
-            while writing:
-                await writing.pop(0)
             if incoming.missing():
                 raise WireError("An upload ended before all its pieces had come.")
             await _beating(context, self._in_thread(incoming.finish))
@@ -333,18 +333,44 @@ class Server:
             incoming.close()
         await context.write(protocol.encode(Done()))
 
-    async def _in_turn(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Await one of many streams' pieces, so that memory does not grow with their number."""
-        async with contextlib.AsyncExitStack() as turn:
-            await turn.enter_async_context(self._reading)
-            task = asyncio.create_task(work)
-            try:
-                await asyncio.wait({task}, timeout=SLOW_S)
-                await turn.aclose()
-                return await task
-            except asyncio.CancelledError:
-                task.cancel()
-                raise
+    @contextlib.asynccontextmanager
+    async def _lane(self, context: _Context) -> AsyncIterator[Callable[[int], None]]:
+        """Wait for a lane; the body tells how many bytes have moved, and a slow one gives its lane away."""
+        acquiring = asyncio.ensure_future(self._lanes.acquire())
+        try:
+            await _beating(context, acquiring)
+        except BaseException:
+            if acquiring.done() and not acquiring.cancelled():
+                self._lanes.release()
+            raise
+        held = True
+        total = 0
+
+        def moved(num_bytes: int) -> None:
+            nonlocal total
+            total += num_bytes
+
+        def give() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._lanes.release()
+
+        async def watch() -> None:
+            before = 0
+            while True:
+                await asyncio.sleep(1.0)
+                if total - before < SLOW_BYTES_PER_S:
+                    give()
+                    return
+                before = total
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield moved
+        finally:
+            watching.cancel()
+            give()
 
     async def _read(self, context: _Context) -> bytes:
         try:
