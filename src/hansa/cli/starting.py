@@ -75,6 +75,7 @@ EXAMPLES: Mapping[str, Any] = {
     "train.clip_grad": 1.0,
     "train.max_seconds": 600.0,
     "cohort.deadline_s": 600.0,
+    "cohort.sites": ["site-a", "site-b"],
     "engine.workers": 2,
     "engine.sites": {"site-a": {"cpus": 2}},
     "evaluation.patience": 3,
