@@ -16,6 +16,7 @@ from hansa import bundle
 from hansa.core import config
 from hansa.pki.kit import Kit
 from hansa.pki.provision import provision
+from hansa.site.warm import attach_folder
 from shell import environment, job_file, process
 
 pytestmark = pytest.mark.timeout(120)
@@ -162,6 +163,7 @@ async def test_a_process_of_the_owners_own_trains(tmp_path):
         async with asyncio.timeout(60):
             while not (lab.site("s0") / "work" / "jobs" / id / "files" / "train.py").exists():
                 await asyncio.sleep(0.05)
+        place = attach_folder(lab.site("s0") / "work" / "jobs" / id, "s0")
         words = (
             "site",
             "attach",
@@ -189,3 +191,7 @@ async def test_a_process_of_the_owners_own_trains(tmp_path):
         assert ours.returncode == 0
         report = lab.made.server / "jobs" / id / "report.json"
         assert json.loads(report.read_text())["model"]["round"] == 2
+        async with asyncio.timeout(60):
+            while (lab.site("s0") / "work" / "jobs" / id).exists():
+                await asyncio.sleep(0.05)
+    assert not place.exists()

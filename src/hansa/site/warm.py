@@ -101,13 +101,15 @@ class WarmWorker:
             raise SiteError("The site has left the job.")
         resources = self._settings.resources
         devices = None if resources.gpus is None else tuple(filter(None, resources.gpus.split(",")))
-        attach = await whole(partial(attach_folder, self._directory, self._site))
+        environment = {**OFFLINE, **resources.environment}
+        if job.recipe.options.get("attached"):
+            environment["HANSA_ATTACH_DIR"] = str(await whole(partial(attach_folder, self._directory, self._site)))
         try:
             worker = Worker(
                 num_threads(job.engine, self._site),
                 self._directory / "work" / "sites.log",
                 devices,
-                {**OFFLINE, "HANSA_ATTACH_DIR": str(attach), **resources.environment},
+                environment,
                 INHERITED,
             )
         except OSError as error:
