@@ -7,16 +7,19 @@ import asyncio
 import contextlib
 import io
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 
 import numpy as np
 import pytest
 
 from federations import Loopback, loopback
+from hansa import bundle
 from hansa.client.work import WEIGHT_SCALE
 from hansa.core import wire
 from hansa.core.storage import load_tree
 from hansa.core.values import Update
 from hansa.errors import AccessError, HansaError, JobError
+from hansa.pki.identity import Role
 from hansa.pki.kit import Kit
 from hansa.simulation.run import run
 from hansa.transport.client import Connection
@@ -26,11 +29,15 @@ from hansa.transport.messages import (
     Answer,
     AskAgenda,
     Assignment,
+    Follow,
     Inspected,
     ListJobs,
     Missing,
+    OfferRoster,
     Poll,
     ResumeJob,
+    ShowJob,
+    Submit,
 )
 from hansa.transport.pieces import describe
 from toys import SITES, fixed_point_fedavg, job
@@ -278,3 +285,32 @@ async def test_the_fixed_point_is_fedavgs(federation, tmp_path):
         with pytest.raises(JobError, match="no such file"):
             await lead.connection.download(view.line.job, describe(federation.made.server / "server.toml").digest, path)
     assert load_tree(path)["w"][0] == pytest.approx(fixed_point_fedavg(), rel=1e-6)
+
+
+async def test_a_new_credential_brings_the_roster_that_lists_it(federation, tmp_path):
+    """A submitter's credential for eight hours works at a server that has not heard of it; sites learn of it, too."""
+    for site in SITES:
+        await federation.start(site)
+    short = federation.authority.issue(
+        tmp_path / "short", Role.LEAD, "eve", lifetime=timedelta(hours=8), scopes=["submit", "show", "logs"]
+    )
+    for site in SITES:
+        federation.write(site, signers=["eve"])
+    path = tmp_path / "job.zip"
+    async with Connection(short, f"127.0.0.1:{federation.port}") as connection:
+        manifest = describe(path, bundle.pack(job(), path, short))
+        await connection.upload("", "bundle", path, manifest)
+        id = (await connection.call(Submit(manifest.digest, "once"))).job
+        with pytest.raises(AccessError, match="not to abort"):
+            await connection.call(AbortJob(id))
+        async for _ in connection.follow(Follow(id, 0, True)):
+            pass
+        view = await connection.call(ShowJob(id))
+    assert view.line.state == "finished", view.line.error
+    assert view.line.submitter == "eve"
+    older = Kit(federation.made.users["ana"]).roster().data
+    async with Connection(short, f"127.0.0.1:{federation.port}") as connection:
+        with pytest.raises(AccessError, match="older than"):
+            await connection.call(OfferRoster(older))
+        with pytest.raises(HansaError):
+            await connection.call(OfferRoster(b"{}"))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from hansa.errors import AccessError, HansaError, JobError, UnreachableError, VersionError, WireError
 from hansa.pki.identity import Role, identity_of
+from hansa.pki.kit import Kit
 from hansa.transport import messages, protocol
 from hansa.transport.client import Connection
 from hansa.transport.messages import Attend, Follow, Poll, Report, Ring, Submit
@@ -176,14 +177,23 @@ async def test_a_site_can_not_pose_as_the_server(federation: Federation, depot: 
     assert depot.calls == []
 
 
-async def test_a_certificate_that_is_not_in_the_roster(federation: Federation, dial: Dial) -> None:
+async def test_a_certificate_that_no_roster_lists(federation: Federation, dial: Dial) -> None:
+    before = federation.site.roster().data
     late = federation.kit(Role.SITE, "narva")
+    (late.directory / "roster.json").write_bytes(before)
+    late = Kit(late.directory)
     error = await refusal(dial(late))
     assert isinstance(error, AccessError)
     assert "not in the roster" in str(error)
     federation.tell(federation.server)
     async with dial(late) as connection:
         await connection.call(messages.ListJobs())
+
+
+async def test_a_newcomer_brings_the_roster_that_lists_him(federation: Federation, dial: Dial) -> None:
+    async with dial(federation.kit(Role.SITE, "narva")) as connection:
+        await connection.call(messages.ListJobs())
+    assert "site/narva" in federation.server.roster().members
 
 
 async def test_an_expired_certificate(federation: Federation, dial: Dial, depot: Depot) -> None:

@@ -36,7 +36,19 @@ import grpc.aio
 from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
 from hansa.transport import diagnosis, messages, protocol
-from hansa.transport.messages import Attend, Done, Follow, Get, JobEvent, Message, Offer, Poll, Ring, Wanted
+from hansa.transport.messages import (
+    Attend,
+    Done,
+    Follow,
+    Get,
+    JobEvent,
+    Message,
+    Offer,
+    OfferRoster,
+    Poll,
+    Ring,
+    Wanted,
+)
 from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
 
 CALL_S = 60.0
@@ -86,6 +98,7 @@ class Connection:
         self._patience_s = patience_s
         self._stall_s = stall_s
         self._channel: Any = None
+        self._introduced = False
         self._identity: tuple[object, ...] = ()
         self._opening = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -336,6 +349,14 @@ class Connection:
         while True:
             try:
                 return await attempt()
+            except AccessError as refusal:
+                if self._introduced:
+                    raise
+                self._introduced = True
+                with contextlib.suppress(HansaError):
+                    await self._introduce()
+                    continue
+                raise refusal from None
             except _LostError as lost:
                 now = time.monotonic()
                 if mark() != seen or since == math.inf:
@@ -348,6 +369,13 @@ class Connection:
                 log.info("%s will be tried again in %.1f s: %s", name, pause, error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, MAX_PAUSE_S)
+
+    async def _introduce(self) -> None:
+        """Bring the server our roster: it may not know our certificate because it holds an older one."""
+        data = protocol.encode(OfferRoster(self._kit.roster().data))
+        with _as_ours():
+            method = (await self._open()).unary_unary(protocol.path_of(OfferRoster.__name__))
+            await method(data, timeout=CALL_S, metadata=protocol.METADATA)
 
     async def _diagnosed(self, lost: _LostError) -> HansaError:
         if lost.connecting:

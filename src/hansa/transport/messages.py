@@ -179,6 +179,13 @@ class AskRoster(Message):
     reply: ClassVar[type[Message]] = RosterText
 
 
+class OfferRoster(Message):
+    """Bring the server a roster. It takes a newer one from anybody: only the authority can have signed it."""
+
+    reply: ClassVar[type[Message]] = Done
+    text: bytes
+
+
 # Files
 
 
@@ -386,4 +393,6 @@ CALLS: tuple[type[Message], ...] = (
     DeleteJob,
     ListSites,
 )
-"""Requests with one reply each; Attend, Follow, Download (Get) and Upload (Offer) are streams."""
+"""Requests with one reply each; Attend, Follow, Download (Get) and Upload (Offer) are streams.
+
+OfferRoster stands apart: it is the one call of a caller whom the server's roster does not list yet."""

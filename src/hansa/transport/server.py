@@ -51,6 +51,7 @@ from hansa.transport.messages import (
     JobEvent,
     Message,
     Offer,
+    OfferRoster,
     Ring,
     Wanted,
 )
@@ -141,7 +142,7 @@ class Server:
         # All are streams to gRPC, on the wire it is the same: its unary handlers never end a call that says nothing.
         methods = {
             name: grpc.stream_stream_rpc_method_handler(self._guarded(name, method)) for name, method in work.items()
-        }
+        } | {"OfferRoster": grpc.stream_stream_rpc_method_handler(self._take_roster)}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
     async def start(self, host: str, port: int) -> None:
@@ -245,6 +246,16 @@ class Server:
                 self._expelled.pop(task, None)
 
         return handle
+
+    async def _take_roster(self, _: Any, context: _Context) -> None:
+        """Take a newer roster from whoever brings it: TLS has shown that the authority signed his certificate."""
+        try:
+            offer = protocol.decode(OfferRoster, await self._read(context))
+            if await self._in_thread(self._kit.update_roster, offer.text):
+                log.info("%s brought the roster of version %s.", context.peer(), self._kit.roster().version)
+            await context.write(protocol.encode(Done()))
+        except HansaError as error:
+            await _end(context, error)
 
     def _call(self, kind: type[Message]) -> _Work:
         async def work(caller: Identity, context: _Context) -> None:
