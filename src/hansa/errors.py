@@ -15,7 +15,7 @@ HansaError                  1
 │   ├── ChecksumError       8   bytes damaged on their way
 │   └── VersionError        8   a value written in a format this release does not read
 ├── MissingExtraError       9   an optional library that this job needs is not installed
-├── AccessError            10   who you are does not allow this: an unknown, expired or revoked certificate, a small role
+├── AccessError            10   who you are does not allow this: certificate, role or scope
 ├── UnreachableError       11   a server that can't be reached
 └── InterruptedRunError   130   stopped by the user; the finished rounds are on disk
 

@@ -55,6 +55,7 @@ from hansa.transport.messages import (
     ShowJob,
     SiteLine,
     Submit,
+    WithdrawSite,
 )
 from hansa.transport.pieces import describe
 
@@ -197,6 +198,10 @@ class Federation:
     def abort(self, id: str) -> None:
         """Stop a job; its finished rounds stay."""
         self._wait(self._connection.call(AbortJob(id)))
+
+    def withdraw(self, id: str, site: str) -> None:
+        """Take a site out of a job for good; the others go on."""
+        self._wait(self._connection.call(WithdrawSite(id, site)))
 
     def resume(self, id: str) -> None:
         """Go on with a failed or aborted job."""

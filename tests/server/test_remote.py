@@ -38,6 +38,7 @@ from hansa.transport.messages import (
     ResumeJob,
     ShowJob,
     Submit,
+    WithdrawSite,
 )
 from hansa.transport.pieces import describe
 from toys import SITES, fixed_point_fedavg, job
@@ -271,6 +272,25 @@ async def test_a_job_that_its_quorum_refuses_fails_with_every_reason(federation)
     assert view.line.state == "failed"
     assert "s1: The site has no examples" in view.line.error
     assert view.sites["s1"] == "refused: The site has no examples."
+
+
+async def test_a_sites_admin_takes_it_out_of_a_job(federation, tmp_path):
+    for site in SITES:
+        await federation.start(site)
+    admin = federation.authority.issue(tmp_path / "bo", Role.ADMIN, "bo", site="s1")
+    async with federation.lead() as lead:
+        id = await lead.submit(job(rounds=20, recipe={"delay_s": 0.03}, cohort={"quorum": 2}))
+        await lead.until(id, "round 1:")
+        async with Connection(admin, f"127.0.0.1:{federation.port}") as connection:
+            with pytest.raises(AccessError, match="for site s1 alone"):
+                await connection.call(WithdrawSite(id, "s0"))
+            with pytest.raises(AccessError):
+                await connection.call(AbortJob(id))
+            await connection.call(WithdrawSite(id, "s1"))
+        view = await lead.wait(id)
+    assert view.line.state == "finished", view.line.error
+    assert absences(view)[20]["s1"] == "refused: withdrawn from the job by admin/bo"
+    assert set(view.records[-1]["accepted"]) == {"s0", "s2"}
 
 
 async def test_the_fixed_point_is_fedavgs(federation, tmp_path):

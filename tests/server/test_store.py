@@ -278,16 +278,26 @@ def test_only_running_jobs_are_on_the_agenda(store: Store) -> None:
     assert store.agenda("a") == []
 
 
-def test_what_is_withdrawn_is_the_same_task_when_it_is_asked_for_again(store: Store) -> None:
+def test_a_site_that_leaves_is_not_asked_any_more(store: Store) -> None:
     running(store)
     tasks = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])
     store.answer(tasks["a"].task, "a", "done", b"", "up/1")
-    store.withdraw("j1", "demo", 1, "train")
+    store.leave("j1", "a", b"bye")
+    store.leave("j1", "b", b"bye")
+    store.leave("j1", "b", b"bye again")
+    assert store.leavers("j1") == {"a", "b"}
     assert store.agenda("b") == []
     assert not store.answer(tasks["b"].task, "b", "done", b"", "up/2")
-    again = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])
-    assert again["b"] == tasks["b"]
-    assert again["a"].state == "done"
+    now = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])
+    assert (now["a"].state, now["b"].state, now["b"].answer) == ("done", "missing", b"bye")
+    later = store.open_tasks("j1", "demo", 2, "train", OTHER, ["a", "b", "c"])
+    assert [(row.state, row.answer) for row in later.values()] == [
+        ("missing", b"bye"),
+        ("missing", b"bye"),
+        ("open", b""),
+    ]
+    with pytest.raises(JobError):
+        store.leave("j2", "a", b"bye")
 
 
 def test_a_late_update_is_used_once_by_one_round(store: Store) -> None:

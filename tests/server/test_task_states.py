@@ -84,8 +84,6 @@ class Tasks(RuleBasedStateMachine):
             before = self._current(round, site)
             if before is not None and before.plan == plan:
                 assert row.task == before.task
-                if before.state == "withdrawn":
-                    self._set(row.task, state="open")
             else:
                 if before is not None:
                     self._set(before.task, state="replaced")
@@ -114,13 +112,6 @@ class Tasks(RuleBasedStateMachine):
         if before is not None and expected:
             after = "overdue" if before.state == "late" else kind
             self._set(task, state=after, answer=body, update=update)
-
-    @rule(round=ROUNDS)
-    def withdraw(self, round: int) -> None:
-        self.store.withdraw(self._job, "demo", round, "train")
-        for known in list(self.known.values()):
-            if known.round == round and known.state == "open":
-                self._set(known.task, state="withdrawn")
 
     @rule(round=ROUNDS)
     def use_what_is_overdue(self, round: int) -> None:

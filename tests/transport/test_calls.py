@@ -40,6 +40,7 @@ REQUESTS = {
     "ListJobs": messages.ListJobs(),
     "ShowJob": messages.ShowJob("j"),
     "AbortJob": messages.AbortJob("j"),
+    "WithdrawSite": messages.WithdrawSite("j", "s"),
     "ResumeJob": messages.ResumeJob("j"),
     "DeleteJob": messages.DeleteJob("j"),
     "ListSites": messages.ListSites(),

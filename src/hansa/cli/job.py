@@ -74,10 +74,23 @@ def logs(
 
 @app.command()
 def abort(id: Id, kit: As = Path(), as_json: Json = False) -> None:
-    """Stop a job; its finished rounds stay. A site's admin withdraws his site from it instead."""
+    """Stop a job; its finished rounds stay."""
     from hansa.cli import submitting
 
     submitting.change(kit, id, "abort", as_json=as_json)
+
+
+@app.command()
+def withdraw(
+    id: Id,
+    site: Annotated[str, typer.Option(help="Which site leaves the job; the others go on.")],
+    kit: As = Path(),
+    as_json: Json = False,
+) -> None:
+    """Take a site out of a job for good; for the site's own admin."""
+    from hansa.cli import submitting
+
+    submitting.withdraw(kit, id, site, as_json=as_json)
 
 
 @app.command()

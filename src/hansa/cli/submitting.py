@@ -214,6 +214,16 @@ def change(kit: Path, id: str, what: str, *, as_json: bool) -> None:
         console.out().print(Text.assemble(f"{id} is ", _state(line.state), "."))
 
 
+def withdraw(kit: Path, id: str, site: str, *, as_json: bool) -> None:
+    """Take a site out of a job."""
+    with Federation(kit) as federation:
+        federation.withdraw(id, site)
+    if as_json:
+        console.emit({"job": id, "site": site})
+    else:
+        console.out().print(f"{site} has left {id}; the others go on.")
+
+
 def download(kit: Path, id: str, names: Sequence[str] | None, to: Path | None, *, as_json: bool) -> None:
     """Fetch results."""
     with Federation(kit) as federation, _shown() as moved:

@@ -2,6 +2,7 @@
 """The tables of a server's database, as the newest migration leaves them.
 
     jobs ──< tasks    what sites were asked and what they answered
+       ├───< leavers  sites that take no part in a job any more
        └───< events   a job's log
     sites             when each was last heard from
     audits            who did what; rows are only ever added
@@ -46,7 +47,7 @@ Number = BigInteger().with_variant(Integer, "sqlite")
 """Only a column declared INTEGER counts by itself in SQLite; there it has 64 bits all the same."""
 
 JOB_STATES = ("queued", "running", "finished", "failed", "aborted")
-TASK_STATES = ("open", "done", "missing", "late", "overdue", "withdrawn", "replaced")
+TASK_STATES = ("open", "done", "missing", "late", "overdue", "replaced")
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
@@ -107,6 +108,14 @@ tasks = Table(
     ),
     Index(None, "site", "state"),
     sqlite_autoincrement=True,
+)
+
+leavers = Table(
+    "leavers",
+    metadata,
+    Column("job", String(200), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("site", String(200), primary_key=True),
+    Column("answer", LargeBinary, nullable=False),
 )
 
 events = Table(

@@ -67,6 +67,7 @@ from hansa.transport.messages import (
     SiteLines,
     Submit,
     Submitted,
+    WithdrawSite,
 )
 from hansa.transport.pieces import Incoming, Manifest
 
@@ -74,7 +75,7 @@ FRESH_S = 900.0
 """How old a bundle's signature may be when the job is submitted."""
 
 _SEEN_S = 10.0
-_AUDITED = {Submit: "submit", AbortJob: "abort", ResumeJob: "resume", DeleteJob: "delete"}
+_AUDITED = {Submit: "submit", AbortJob: "abort", WithdrawSite: "withdraw", ResumeJob: "resume", DeleteJob: "delete"}
 
 
 class Service:
@@ -175,6 +176,10 @@ class Service:
                 row = self._row(caller, Permission.ABORT, request.job)
                 await asyncio.to_thread(self._jobs.abort, row.id)
                 return Done()
+            case WithdrawSite():
+                allowed(caller, Permission.WITHDRAW, sites=[request.site])
+                await asyncio.to_thread(self._withdraw, caller, request)
+                return Done()
             case ResumeJob():
                 row = self._row(caller, Permission.RESUME, request.job)
                 if self._jobs.at_work(row.id):
@@ -224,7 +229,11 @@ class Service:
 
     def _agenda(self, site: str, have: frozenset[str]) -> Agenda:
         sequence = self._desk.sequence(site)
-        jobs = [row.id for row in self._store.jobs() if row.state != "finished" and site in self._sites_of(row.id)]
+        jobs = [
+            row.id
+            for row in self._store.jobs()
+            if row.state != "finished" and site in self._sites_of(row.id) and site not in self._store.leavers(row.id)
+        ]
         room = 16 * INLINE_BYTES
         assignments = []
         for row in self._store.agenda(site):
@@ -455,6 +464,14 @@ class Service:
             whose = "" if job is not None else f"{task.job}: "
             texts.append(f"{whose}{work}{round}: {activity.phase} for {activity.seconds:.0f} s")
         return texts
+
+    def _withdraw(self, caller: Identity, request: WithdrawSite) -> None:
+        if request.site not in self._sites_of(request.job):
+            raise JobError(f"Site {request.site!r} does not take part.", job=request.job)
+        said = Missing("refused", f"withdrawn from the job by {caller.member}")
+        self._store.leave(request.job, request.site, msgspec.json.encode(said))
+        self._desk.ring([request.site])
+        self._desk.answered(request.job)
 
     def _delete(self, row: JobRow) -> None:
         if row.state in ("queued", "running") or self._jobs.at_work(row.id):

@@ -3,9 +3,9 @@
 
 SQLite (write-ahead log, synchronous = FULL) by default, or PostgreSQL. Usable from any thread.
 
-    job    queued ──> running ──> finished          task   open ──> done | missing | late | withdrawn
+    job    queued ──> running ──> finished          task   open ──> done | missing | late
              ^  │        └──────> failed, aborted          late ──> overdue: the update came after all
-             │  └──────> aborted       │                   withdrawn ──> open, when it is asked for again
+             │  └──────> aborted       │
              └─────────────────────────┘                   any ──> replaced, by a task with another plan
 
 Guarantees, each with its test:
@@ -48,10 +48,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from hansa.errors import AccessError, JobError, MissingExtraError, StorageError, VersionError
 from hansa.runs.run import now
 from hansa.server import schema
-from hansa.server.schema import audits, events, jobs, owner, sites, tasks
+from hansa.server.schema import audits, events, jobs, leavers, owner, sites, tasks
 
 JobState = Literal["queued", "running", "finished", "failed", "aborted"]
-TaskState = Literal["open", "done", "missing", "late", "overdue", "withdrawn", "replaced"]
+TaskState = Literal["open", "done", "missing", "late", "overdue", "replaced"]
 TaskKind = Literal["inspect", "train", "evaluate"]
 
 _MOVES: dict[JobState, tuple[JobState, ...]] = {
@@ -440,7 +440,7 @@ class Store:
         """Ask ``sites`` for something, and return a task for each.
 
         A site that was asked before with the same plan keeps its task and its answer; with another plan it gets a
-        new task.
+        new task. That of a site that has left the job is closed, with the answer it left with.
 
         Raises:
             JobError: there is no such job.
@@ -453,12 +453,18 @@ class Store:
             stored = {row.site: row for row in connection.execute(sa.select(tasks).where(asked))}
             known = [stored[site] for site in sites if site in stored]
             replaced = [row.number for row in known if row.plan != plan]
-            again = [row.number for row in known if row.plan == plan and row.state == "withdrawn"]
             connection.execute(tasks.update().where(tasks.c.number.in_(replaced)).values(state="replaced"))
-            connection.execute(tasks.update().where(tasks.c.number.in_(again)).values(state="open"))
             common = {"job": job, "course": course, "round": round, "kind": kind, "plan": plan, "opened_s": time.time()}
+            left = _leavers(connection, job)
             fresh = [
-                {**common, "task": secrets.token_hex(8), "site": site, "state": "open", "answer": b"", "update": ""}
+                {
+                    **common,
+                    "task": secrets.token_hex(8),
+                    "site": site,
+                    "state": "missing" if site in left else "open",
+                    "answer": left.get(site, b""),
+                    "update": "",
+                }
                 for site in sites
                 if site not in stored or stored[site].plan != plan
             ]
@@ -519,11 +525,19 @@ class Store:
         with self._read() as connection:
             return [_task(row) for row in connection.execute(query)]
 
-    def withdraw(self, job: str, course: str, round: int, kind: TaskKind) -> None:
-        """Stop asking the sites that have not answered."""
-        asked = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.round == round) & (tasks.c.kind == kind)
+    def leave(self, job: str, site: str, answer: bytes) -> None:
+        """Take a site out of a job for good; ``answer`` closes its tasks, those to come too (JobError: no such job)."""
+        mine = (tasks.c.job == job) & (tasks.c.site == site) & tasks.c.state.in_(("open", "late"))
         with self._write() as connection:
-            connection.execute(tasks.update().where(asked & (tasks.c.state == "open")).values(state="withdrawn"))
+            _job(connection, job)
+            if site not in _leavers(connection, job):
+                connection.execute(leavers.insert().values(job=job, site=site, answer=answer))
+            connection.execute(tasks.update().where(mine).values(state="missing", answer=answer))
+
+    def leavers(self, job: str) -> set[str]:
+        """Return the sites that have left a job."""
+        with self._read() as connection:
+            return set(_leavers(connection, job))
 
     def overdue(self, job: str, course: str, round: int) -> list[TaskRow]:
         """Return the overdue updates that ``round`` is to use: those that no round has claimed are now its own.
@@ -620,6 +634,11 @@ def _job(connection: Connection, id: str) -> JobRow:
     if job is None:
         raise JobError(f"There is no job {id!r}. `hansa job list` lists them.")
     return job
+
+
+def _leavers(connection: Connection, job: str) -> dict[str, bytes]:
+    query = sa.select(leavers.c.site, leavers.c.answer).where(leavers.c.job == job)
+    return {row.site: row.answer for row in connection.execute(query)}
 
 
 def _clean(text: str) -> str:

@@ -125,7 +125,13 @@ class Connection:
     @overload
     async def call(
         self,
-        request: messages.Report | messages.Answer | messages.AbortJob | messages.ResumeJob | messages.DeleteJob,
+        request: messages.Report
+        | messages.Answer
+        | messages.AbortJob
+        | messages.WithdrawSite
+        | messages.ResumeJob
+        | messages.DeleteJob
+        | messages.OfferRoster,
     ) -> messages.Done: ...
     @overload
     async def call(self, request: messages.AskRoster) -> messages.RosterText: ...

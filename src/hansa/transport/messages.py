@@ -320,10 +320,18 @@ class Follow(Message):
 
 
 class AbortJob(Message):
-    """Stop a job; finished rounds stay. A site's admin withdraws his site from it instead."""
+    """Stop a job; finished rounds stay."""
 
     reply: ClassVar[type[Message]] = Done
     job: Label
+
+
+class WithdrawSite(Message):
+    """Take a site out of a job for good: it is not asked any more, and the others go on. For its own admin."""
+
+    reply: ClassVar[type[Message]] = Done
+    job: Label
+    site: Label
 
 
 class ResumeJob(Message):
@@ -389,6 +397,7 @@ CALLS: tuple[type[Message], ...] = (
     ListJobs,
     ShowJob,
     AbortJob,
+    WithdrawSite,
     ResumeJob,
     DeleteJob,
     ListSites,

@@ -52,9 +52,7 @@ def upgrade() -> None:
         sa.Column("update", sa.String(400), nullable=False),
         sa.Column("claimed", sa.BigInteger, nullable=True),
         sa.Column("opened_s", sa.Float, nullable=False),
-        sa.CheckConstraint(
-            "state IN ('open', 'done', 'missing', 'late', 'overdue', 'withdrawn', 'replaced')", name="state"
-        ),
+        sa.CheckConstraint("state IN ('open', 'done', 'missing', 'late', 'overdue', 'replaced')", name="state"),
         sa.PrimaryKeyConstraint("number", name="pk_tasks"),
         sa.UniqueConstraint("task", name="uq_tasks_task"),
         sa.ForeignKeyConstraint(["job"], ["jobs.id"], name="fk_tasks_job", ondelete="CASCADE"),
@@ -70,6 +68,14 @@ def upgrade() -> None:
         postgresql_where=asked,
     )
     op.create_index("ix_tasks_site_state", "tasks", ["site", "state"])
+    op.create_table(
+        "leavers",
+        sa.Column("job", sa.String(200), nullable=False),
+        sa.Column("site", sa.String(200), nullable=False),
+        sa.Column("answer", sa.LargeBinary, nullable=False),
+        sa.PrimaryKeyConstraint("job", "site", name="pk_leavers"),
+        sa.ForeignKeyConstraint(["job"], ["jobs.id"], name="fk_leavers_job", ondelete="CASCADE"),
+    )
     op.create_table(
         "events",
         sa.Column("number", number, nullable=False),
