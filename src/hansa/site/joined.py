@@ -133,7 +133,7 @@ class JoinedJob:
             if described.exists() and Manifest.decode(await whole(described.read_bytes)).digest != given.bundle:
                 raise PolicyError("The server gave this job another bundle than the one that it began with.")
             if not (path.exists() and described.exists()):
-                await self._fetch(connection, given.bundle, path, await whole(self._other_bundles))
+                await self._fetch(connection, given.bundle, path, await whole(self._other_bundles), durable=True)
             version = self._kit.roster().version
             if self._job is None:
                 self._job = await whole(partial(self._unpacked, path))
@@ -185,26 +185,32 @@ class JoinedJob:
         if not path.exists():
             if given.inline:
                 policy.check_size(len(given.inline), self._settings.policy)
-                await whole(lambda: storage.write_atomic(path, given.inline))
+                await whole(lambda: _write(path, given.inline))
             else:
-                await self._fetch(connection, given.plan, path, await whole(self._other_plans))
+                await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
         return path, await whole(lambda: self._opened(path, given, job))
 
     def _plan_path(self, given: Assignment) -> Path:
         return self._plans / f"{given.plan}.hansa"
 
     async def _fetch(
-        self, connection: Connection, digest: str, path: Path, donors: list[tuple[Path, Manifest]]
+        self,
+        connection: Connection,
+        digest: str,
+        path: Path,
+        donors: list[tuple[Path, Manifest]],
+        *,
+        durable: bool,
     ) -> None:
         """Fetch a file, and keep its manifest beside it, for what it can give to the next one."""
         limit = self._settings.policy.max_model_bytes
         try:
-            manifest = await connection.download(self.id, digest, path, donors=donors, max_bytes=limit)
+            manifest = await connection.download(self.id, digest, path, donors=donors, max_bytes=limit, durable=durable)
         except ChecksumError as error:
             raise SiteError(f"The server's file is damaged: {error.message}") from error
         except WireError as error:
             raise PolicyError(f"What the server sends was not accepted: {error.message}") from error
-        await whole(lambda: storage.write_atomic(path.with_suffix(".manifest"), manifest.encode()))
+        await whole(lambda: _write(path.with_suffix(".manifest"), manifest.encode()))
 
     def _opened(self, path: Path, given: Assignment, job: Job) -> Plan:
         try:
@@ -304,3 +310,14 @@ def _check_room(folder: Path, plan: Path) -> None:
     free, needed = shutil.disk_usage(folder).free, plan.stat().st_size + _SPARE_BYTES
     if free < needed:
         raise StorageError(f"An update needs up to {needed:,} bytes in {folder}, and {free:,} are free.")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that can be had again: whole or not at all, but not durable."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage.full(path, error) from error

@@ -178,6 +178,7 @@ class Connection:
         *,
         donors: Sequence[tuple[Path, Manifest]] = (),
         max_bytes: int | None = None,
+        durable: bool = True,
         progress: Progress | None = None,
     ) -> Manifest:
         """Fetch a file; what an earlier attempt or a donor has of it is not sent again.
@@ -188,6 +189,7 @@ class Connection:
             path: where it is to be; ``NAME.part`` beside it while it arrives.
             donors: files that may hold some of its pieces, with their manifests.
             max_bytes: the largest file that is accepted.
+            durable: whether the file must outlive a power cut; one that can be fetched again need not.
             progress: called as pieces come.
 
         Raises:
@@ -201,7 +203,7 @@ class Connection:
             fetch = partial(self._fetch, job, incoming, progress)
             while incoming.num_bytes_missing:
                 await self._patiently(fetch, "Download", lambda: incoming.num_bytes_missing)
-            await self._in_thread(incoming.finish)
+            await self._in_thread(partial(incoming.finish, durable=durable))
         return manifest
 
     async def upload(

@@ -274,8 +274,8 @@ class Incoming:
         except OSError as error:
             raise self._failed(error) from error
 
-    def finish(self) -> None:
-        """Make the file durable and give it its name; every piece must be there.
+    def finish(self, *, durable: bool = True) -> None:
+        """Make the file durable, unless it can be had again, and give it its name; every piece must be there.
 
         Raises:
             StorageError: the disk is full or fails.
@@ -285,13 +285,15 @@ class Incoming:
             return
         try:
             os.ftruncate(self._descriptor, self.manifest.num_bytes)
-            os.fsync(self._descriptor)
+            if durable:
+                os.fsync(self._descriptor)
             try:
                 self._part.rename(self.path)
             except FileNotFoundError:  # another reception of the same file came first
                 if not os.path.samestat(os.fstat(self._descriptor), self.path.stat()):
                     raise
-            storage.sync_directory(self.path.parent)
+            if durable:
+                storage.sync_directory(self.path.parent)
         except OSError as error:
             raise self._failed(error) from error
         self._whole = True
