@@ -31,6 +31,7 @@ from hansa.core import config
 from hansa.core.config import Job
 from hansa.errors import HansaError
 from hansa.lab import SERVER, Lab, lab
+from hansa.server.store import EventRow, Store
 from hansa.simulation.run import run
 from relay import Relay, relay
 from toys import SITES
@@ -222,3 +223,43 @@ def test_a_disturbed_job_ends_with_the_bits_of_an_undisturbed_one(seed, tmp_path
     assert report["model"]["sha256"] == undisturbed, told
     assert all(set(record["accepted"]) == set(SITES) for record in report["rounds"]), told
     assert again <= storm.kills, f"{told}: {again} rounds were trained again after {storm.kills} kills"
+
+
+def test_a_clock_that_steps_changes_nothing(tmp_path, undisturbed, monkeypatch):
+    """Server and agents see the clock jump by days, forward and back, while they work."""
+    library = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+    if library is None:
+        pytest.skip("libfaketime is not installed (Debian: faketime)")
+    clock = tmp_path / "clock"
+    clock.write_text("+0s\n")
+    for name, value in {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    job = job_at(tmp_path)
+    with lab(job, directory=tmp_path / "lab") as federation:
+        steps = iter(["+3d", "-60s", "+30d", "+1d", "-30s"])
+        id = federation.federation.submit(federation.job)
+        for event in federation.federation.follow(id):
+            if event.kind == "round":
+                clock.write_text(next(steps, "+2d") + "\n")
+        view = federation.federation.job(id)
+        federation.federation.download(id, tmp_path / "results", names=["report.json"])
+    assert view.line.state == "finished", view.line.error
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
+    trained = Counter((tmp_path / "trained.txt").read_text().splitlines())
+    assert report["model"]["sha256"] == undisturbed
+    assert set(trained.values()) == {1}
+    days = {event.time[:10] for event in log_of(tmp_path / "lab" / SERVER, id)}
+    assert len(days) > 1, "the server's clock did not step"
+
+
+def log_of(directory: Path, id: str) -> list[EventRow]:
+    store = Store.view(None, directory)
+    try:
+        return store.events(id)
+    finally:
+        store.close()
