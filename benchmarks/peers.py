@@ -39,6 +39,7 @@ from hansa.lab import lab
 
 APPS = Path(__file__).absolute().parent / "peer_apps"
 MIB = 1 << 20
+LIMIT_S = 900.0  # of one command; a platform that hangs does not hang this
 PR_SET_CHILD_SUBREAPER = 36
 SUBMITTERS: set[int] = set()
 """The processes that prepare or submit, which are no part of a platform's memory: Hansa's are in this process."""
@@ -177,7 +178,7 @@ def ended(command: Sequence[str], folder: Path, environment: Mapping[str, str]) 
     with said.open("w") as log:
         running = subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=log, stderr=log)
     SUBMITTERS.add(running.pid)
-    if running.wait():
+    if running.wait(LIMIT_S):
         raise SystemExit(f"{' '.join(command)} failed:\n{said.read_text()[-4000:]}")
 
 

@@ -116,11 +116,6 @@ def test_people_may_have_several_keys(own: Members) -> None:
     assert own.authority.roster.admit(pem).name == "ana"
 
 
-def test_a_site_and_a_compute_agent_have_different_names(own: Members) -> None:
-    with pytest.raises(AccessError, match="Choose another name"):
-        own.authority.sign(asked(Claim.of("lab", Role.COMPUTE, "hospital-a")), Role.COMPUTE, "hospital-a")
-
-
 @pytest.mark.parametrize(
     ("role", "options", "error", "message"),
     [

@@ -54,7 +54,7 @@ def test_nobody_reaches_beyond_his_role(
     if yes and who.scopes:
         assert permission in who.scopes
     if permission is Permission.ATTEND:
-        assert not yes or (who.role in (Role.SITE, Role.COMPUTE) and who.name in sites)
+        assert not yes or (who.role is Role.SITE and who.name in sites)
     if permission is Permission.SUBMIT:
         assert not yes or who.role is Role.LEAD
     if permission in (Permission.DOWNLOAD, Permission.RESUME, Permission.DELETE):
@@ -103,7 +103,6 @@ def test_a_scope_only_takes_away(
         (someone(Role.SITE, "hospital-a"), Permission.ATTEND, None, ("hospital-a",), True),
         (someone(Role.SITE, "hospital-a"), Permission.ATTEND, None, ("hospital-b",), False),
         (someone(Role.SITE, "hospital-a"), Permission.SUBMIT, None, (), False),
-        (someone(Role.COMPUTE, "gpu"), Permission.ATTEND, None, ("gpu",), True),
     ],
 )
 def test_cases(

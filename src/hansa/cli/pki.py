@@ -18,7 +18,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 AuthorityDir = Annotated[Path, typer.Option("--authority", metavar="DIR", help="The authority's folder.")]
 KitDir = Annotated[Path, typer.Option("--dir", metavar="DIR", help="The folder with the kit.")]
-RoleName = Annotated[str, typer.Option(help="server, site, compute, lead, admin or observer.")]
+RoleName = Annotated[str, typer.Option(help="server, site, lead, admin or observer.")]
 Name = Annotated[str, typer.Option(help="The site's, server's or person's name.")]
 Site = Annotated[str | None, typer.Option(help="The site that an admin is the admin of.")]
 Scopes = Annotated[
@@ -29,7 +29,7 @@ Hosts = Annotated[list[str] | None, typer.Option("--host", help="A DNS name or a
 Days = Annotated[float | None, typer.Option(help="How long it counts; 365 for programs, 90 for people by default.")]
 Hours = Annotated[float | None, typer.Option(help="The same, in hours.")]
 AnotherKey = Annotated[
-    bool, typer.Option("--another-key", help="Let a server, site or compute agent have a second key.")
+    bool, typer.Option("--another-key", help="Let a server or site have a second key.")
 ]
 
 

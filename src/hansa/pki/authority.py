@@ -143,7 +143,7 @@ class Authority:
             scopes: the permissions to narrow the credential to; all of the role's by default.
             hosts: DNS names and addresses of a server, beside the federation's own name for it.
             lifetime: how long the certificate counts; a year for programs and 90 days for people by default.
-            another_key: let a server, site or compute agent have a second key.
+            another_key: let a server or site have a second key.
 
         Returns:
             The certificate, PEM.
@@ -313,12 +313,6 @@ class Authority:
     def _check_name(self, claim: Claim, key: keys.PublicKey, *, another_key: bool) -> None:
         if claim.role not in AGENTS:
             return
-        if claim.role is not Role.SERVER:
-            twin = Role.COMPUTE if claim.role is Role.SITE else Role.SITE
-            if f"{twin}/{claim.name}" in self.roster.members:
-                raise AccessError(
-                    f"There is a {twin} called {claim.name}, and both answer as sites. Choose another name."
-                )
         if another_key:
             return
         for held in self._issued(claim.member):

@@ -54,13 +54,12 @@ class Role(StrEnum):
 
     SERVER = "server"
     SITE = "site"
-    COMPUTE = "compute"
     LEAD = "lead"
     ADMIN = "admin"
     OBSERVER = "observer"
 
 
-AGENTS = frozenset({Role.SERVER, Role.SITE, Role.COMPUTE})
+AGENTS = frozenset({Role.SERVER, Role.SITE})
 """Programs; the other roles are people."""
 
 
@@ -173,7 +172,7 @@ class Identity(Claim):
     @property
     def at_site(self) -> str | None:
         """The site that this identity acts for: a site's own name, an admin's site, nothing for others."""
-        return self.name if self.role in (Role.SITE, Role.COMPUTE) else self.site
+        return self.name if self.role is Role.SITE else self.site
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,6 @@ TABLE: Mapping[Role, Mapping[Permission, Reach]] = MappingProxyType(
     {
         Role.SERVER: MappingProxyType({}),
         Role.SITE: MappingProxyType({Permission.ATTEND: Reach.SITE, Permission.WITHDRAW: Reach.SITE}),
-        Role.COMPUTE: MappingProxyType({Permission.ATTEND: Reach.SITE}),
         Role.LEAD: MappingProxyType(
             {
                 Permission.SUBMIT: Reach.ANY,
