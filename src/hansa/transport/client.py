@@ -51,6 +51,8 @@ from hansa.transport.messages import (
 )
 from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
 
+WINDOW_BYTES = 8 << 20
+"""What a download may have under way, so what a round trip carries: 80 MB/s over 100 ms."""
 CALL_S = 60.0
 """How long a call may take before it counts as lost (a Poll: beside what it asks to wait)."""
 CONNECT_S = 20.0
@@ -428,6 +430,8 @@ class Connection:
             ("grpc.enable_retries", 0),
             ("grpc.max_receive_message_length", protocol.MAX_AGENDA_BYTES),
             ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
+            ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+            ("grpc.http2.bdp_probe", 0),  # gRPC's own tuning would hold hundreds of MiB where the disk is the slower
             ("grpc.keepalive_time_ms", round(self._stall_s * 500)),
             ("grpc.keepalive_timeout_ms", round(self._stall_s * 500)),
             ("grpc.keepalive_permit_without_calls", 1),
