@@ -10,7 +10,8 @@ multiply by a constant (`peer_apps/`), and is ended.
 
 A round is from the moment at which the first site's training code holds its model to the same moment of the next
 round; the first round is not counted, and one more ends the last that is. Memory is the proportional set size (PSS)
-of all of the platform's processes together, every 0.25 s.
+of all of the platform's processes together, every 0.25 s; the processor cores that other work used are those busy in
+the 2 s before.
 """
 
 from __future__ import annotations
@@ -283,11 +284,11 @@ def main() -> None:
     print(
         f"{arguments.mib:g} MiB, {arguments.sites} sites, {arguments.rounds - 2} rounds\n"
         "| platform | s a round, median | least | most | to Hansa's | processes | peak PSS, MiB | to Hansa's "
-        "| anonymous | load before |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| anonymous | cores others used |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     own: tuple[float, int] | None = None
     for name, run in platforms.items():
-        load = os.getloadavg()[0]
+        busy = psutil.cpu_percent(2.0) * psutil.cpu_count() / 100
         watch = Watch()
         with tempfile.TemporaryDirectory(dir=arguments.dir) as temporary:
             folder = Path(temporary).absolute()
@@ -300,7 +301,7 @@ def main() -> None:
         print(
             f"| {name} | {median:.3f} | {min(times):.3f} | {max(times):.3f} | {median / own[0]:.1f} "
             f"| {watch.processes} | {watch.pss / MIB:.0f} | {watch.pss / own[1]:.1f} | {watch.anonymous / MIB:.0f} "
-            f"| {load:.1f} |",
+            f"| {busy:.1f} |",
             flush=True,
         )
 

@@ -285,7 +285,8 @@ def test_a_site_that_leaves_is_not_asked_any_more(store: Store) -> None:
     store.leave("j1", "a", b"bye")
     store.leave("j1", "b", b"bye")
     store.leave("j1", "b", b"bye again")
-    assert store.leavers("j1") == {"a", "b"}
+    assert store.left("a") == store.left("b") == {"j1"}
+    assert store.left("c") == set()
     assert store.agenda("b") == []
     assert not store.answer(tasks["b"].task, "b", "done", b"", "up/2")
     now = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])

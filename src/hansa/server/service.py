@@ -229,14 +229,17 @@ class Service:
 
     def _agenda(self, site: str, have: frozenset[str]) -> Agenda:
         sequence = self._desk.sequence(site)
-        jobs = [
-            row.id
+        left = self._store.left(site)
+        jobs = {
+            row.id: row
             for row in self._store.jobs()
-            if row.state != "finished" and site in self._sites_of(row.id) and site not in self._store.leavers(row.id)
-        ]
+            if row.state != "finished" and row.id not in left and site in self._sites_of(row.id)
+        }
         room = 16 * INLINE_BYTES
         assignments = []
         for row in self._store.agenda(site):
+            if row.job not in jobs:  # it has ended, or the site has left it, a moment ago
+                continue
             inline = b""
             if row.plan and row.task not in have and room > 0:
                 path = self._plan_path(row.job, row.plan)
@@ -244,9 +247,9 @@ class Service:
                     inline = path.read_bytes()
                     self._metrics.sent(len(inline))
                     room -= len(inline)
-            bundle = self._store.job(row.job).bundle
+            bundle = jobs[row.job].bundle
             assignments.append(Assignment(row.task, row.job, bundle, row.kind, row.course, row.round, row.plan, inline))
-        return Agenda(sequence, jobs, assignments)
+        return Agenda(sequence, list(jobs), assignments)
 
     def _sites_of(self, id: str) -> list[str]:
         try:

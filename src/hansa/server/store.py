@@ -534,10 +534,10 @@ class Store:
                 connection.execute(leavers.insert().values(job=job, site=site, answer=answer))
             connection.execute(tasks.update().where(mine).values(state="missing", answer=answer))
 
-    def leavers(self, job: str) -> set[str]:
-        """Return the sites that have left a job."""
+    def left(self, site: str) -> set[str]:
+        """Return the jobs that a site has left."""
         with self._read() as connection:
-            return set(_leavers(connection, job))
+            return set(connection.execute(sa.select(leavers.c.job).where(leavers.c.site == site)).scalars())
 
     def overdue(self, job: str, course: str, round: int) -> list[TaskRow]:
         """Return the overdue updates that ``round`` is to use: those that no round has claimed are now its own.
