@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 
@@ -119,6 +120,18 @@ async def test_the_model_is_that_of_a_simulation(federation, tmp_path):
     calm = await asyncio.to_thread(run, wanted)
     report = (federation.made.server / "jobs" / view.line.job / "report.json").read_text()
     assert calm.report["model"]["sha256"] in report
+
+
+async def test_baselines_side_by_side_are_those_of_a_simulation(federation, tmp_path):
+    for site in SITES:
+        await federation.start(site)
+    wanted = job(baselines={"base": True, "local": True}, output={"dir": str(tmp_path / "runs")})
+    view = await federation.run(wanted)
+    assert view.line.state == "finished", view.line.error
+    calm = await asyncio.to_thread(run, wanted)
+    report = json.loads((federation.made.server / "jobs" / view.line.job / "report.json").read_text())
+    assert report["failed_baselines"] == {}
+    assert report["baselines"] == calm.report["baselines"]
 
 
 async def test_who_joins_late_takes_part_from_then_on(federation):
