@@ -154,7 +154,7 @@ def test_ways_to_name_what_is_resumed(hansa, folder, monkeypatch, words):
     failed = hansa("run", shell.job_file(folder))
     assert failed.code == 7
     assert "No space left on device" in failed.err
-    assert "--resume goes on" in failed.err
+    assert "resuming goes on" in failed.err
     monkeypatch.setattr(Checkpoints, "write", written)
     assert hansa("run", *words).code == 0
     (run,) = list_runs(Path("runs"))

@@ -203,7 +203,7 @@ class Fold:
                     self._accumulate(handle, discount)
                 except WireError as error:
                     raise StorageError(
-                        f"The update changed while it waited on disk: {error.message} Run again with --resume.",
+                        f"The update changed while it waited on disk: {error.message} Resume the run.",
                         site=site,
                         round=handle.header.round,
                     ) from error
@@ -263,5 +263,5 @@ def _mapped_zeros(path: Path, num_bytes: int) -> Array:
         path.unlink(missing_ok=True)
         raise StorageError(
             f"Can't map an accumulator of {num_bytes} bytes at {path}: {error.strerror}. "
-            "Free some space or set output.dir to a larger disk, then run again with --resume."
+            "Free some space or set output.dir to a larger disk, then resume."
         ) from error

@@ -107,7 +107,7 @@ def full(path: Path, error: OSError) -> StorageError:
     """Return the error to raise when ``path`` could not be written."""
     return StorageError(
         f"Can't write {path}: {error.strerror}. Free some space or choose another output.dir; "
-        "the finished rounds are safe, and --resume goes on from the last one."
+        "the finished rounds are safe, and resuming goes on from the last one."
     )
 
 

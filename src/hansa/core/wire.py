@@ -500,6 +500,6 @@ def spool(update: Update, path: Path) -> Spooled:
         path.unlink(missing_ok=True)
         raise StorageError(
             f"Can't spool the update of site {update.site!r} to {path}: {error.strerror}. "
-            "Free some space or set output.dir to a larger disk, then run again with --resume."
+            "Free some space or set output.dir to a larger disk, then resume."
         ) from error
     return Spooled(path)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from hansa.core.ports import Cohort, Peers
 from hansa.core.strategy import Strategy
 from hansa.core.values import RoundRecord, Snapshot
 
-Rounds = Callable[[Job, Strategy, Cohort, Peers, Snapshot, Path | None], AsyncIterator[RoundRecord]]
+Rounds = Callable[[Job, Strategy, Cohort, Peers, Snapshot, Path | None], AsyncGenerator[RoundRecord, None]]
 
 
 @dataclass(frozen=True)

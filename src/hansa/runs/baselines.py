@@ -85,7 +85,13 @@ class Baselines:
         open_ones = [(name, work) for name, work in todo if name not in self.done]
         progress.stage("baselines", sum(self._length(name) for name, _ in open_ones))
         failed: dict[str, str] = {}
-        await asyncio.gather(*(self._finish(name, work, failed, progress) for name, work in open_ones))
+        tasks = [asyncio.create_task(self._finish(name, work, failed, progress)) for name, work in open_ones]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # none goes on beside whoever tries again
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         return dict(sorted(failed.items()))
 
     def _length(self, name: str) -> int:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,15 +148,16 @@ class _Carrier:
         self._progress.stage("federated training", self._job.rounds, start.round)
         now = start
         if not self._enough(lines.records):
-            async for record in self._rounds(strategy, start):
-                for sink in sinks:
-                    sink.write(record)
-                now = Snapshot(record.round, record.model, record.state, record.acknowledged)
-                self._progress.round(record)
-                self._progress.advance()
-                if self._enough(lines.records):
-                    self._progress.say(f"Stopped early: {self._job.evaluation.metric} no longer improves.")
-                    break
+            async with contextlib.aclosing(self._rounds(strategy, start)) as rounds:
+                async for record in rounds:
+                    for sink in sinks:
+                        sink.write(record)
+                    now = Snapshot(record.round, record.model, record.state, record.acknowledged)
+                    self._progress.round(record)
+                    self._progress.advance()
+                    if self._enough(lines.records):
+                        self._progress.say(f"Stopped early: {self._job.evaluation.metric} no longer improves.")
+                        break
         for sink in sinks:
             sink.close()
         return now
@@ -164,7 +166,7 @@ class _Carrier:
         evaluation = self._job.evaluation
         return early_stop(records, evaluation.metric, evaluation.mode, evaluation.patience)
 
-    def _rounds(self, strategy: Strategy, start: Snapshot) -> AsyncIterator[RoundRecord]:
+    def _rounds(self, strategy: Strategy, start: Snapshot) -> AsyncGenerator[RoundRecord, None]:
         cohort: Cohort = Watched(self._engine.cohort(self._course), self._progress)
         workflow = workflow_of(self._job)
         return workflow.rounds(self._job, strategy, cohort, self._engine.peers, start, self._work)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import shutil
 import threading
 import time
@@ -31,7 +32,7 @@ from hansa.core import storage
 from hansa.core.config import Job
 from hansa.core.ports import Reply
 from hansa.core.values import Absence, Plan, RoundRecord
-from hansa.errors import HansaError, InterruptedRunError, StorageError
+from hansa.errors import HansaError, InterruptedRunError, JobError, StorageError
 from hansa.runs import carrier
 from hansa.runs.run import Run
 from hansa.server.blobs import Blobs
@@ -50,6 +51,7 @@ PATIENCE_S = 600.0
 RESULTS = "results.json"
 
 _PAUSE_S = 5.0
+_EVERY_ROUND = 1 << 62
 _OWN = ("work", "checkpoints", "files", "bundle.zip", "bundle.manifest", ".lock")
 """What is in a job's folder and no result."""
 
@@ -90,7 +92,7 @@ class Jobs:
         self._wake = asyncio.Event()
         self._running: dict[str, _Running] = {}
         self._signed: dict[str, Job] = {}
-        self._stopping = False
+        self.stopping = threading.Event()
 
     async def run(self) -> None:
         """Carry out what is queued, and first what was running when the server ended, until cancelled."""
@@ -113,7 +115,7 @@ class Jobs:
                     continue
                 await self._wake.wait()
         finally:
-            self._stopping = True
+            self.stopping.set()
             for running in self._running.values():
                 running.cancel()
             await asyncio.to_thread(self._join)
@@ -123,16 +125,17 @@ class Jobs:
             if len(self._running) >= self._settings.max_running_jobs:
                 return
             if row.id not in self._running:
-                self._store.set_state(row.id, "running")
-                self._start(row.id)
+                with contextlib.suppress(JobError):  # it was aborted a moment ago
+                    self._store.set_state(row.id, "running")
+                    self._start(row.id)
 
     def wake(self) -> None:
         """Look at the queue again."""
         self._wake.set()
 
-    def abort(self, id: str) -> None:
+    async def abort(self, id: str) -> None:
         """Stop a job, whether it waits or works; finished rounds stay (JobError if it has ended)."""
-        self._store.set_state(id, "aborted")
+        await asyncio.to_thread(self._store.set_state, id, "aborted")
         running = self._running.get(id)
         if running is not None:
             running.cancel()
@@ -191,19 +194,32 @@ class Jobs:
             beside = Compute(job, work / "compute", compute.threads, compute.environment)
             return Remote(id, job, work, sites, beside, self._store, self._blobs, self._desk, self._settings.lease_s)
 
-        begun, pause = time.monotonic(), 1.0
+        failing, pause, rounds = math.inf, 1.0, -1
         while True:
             try:
                 await carrier.carry_out(run, engine, notes)
                 break
             except StorageError as error:
                 _LOG.warning("%s: %s", id, error.message)
-                if time.monotonic() - begun > PATIENCE_S:
+                if notes.rounds != rounds:  # there was progress since it last failed
+                    failing, pause, rounds = time.monotonic(), 1.0, notes.rounds
+                if time.monotonic() - failing > PATIENCE_S:
                     raise
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 30.0)
         await asyncio.to_thread(publish_results, run.directory)
         await asyncio.to_thread(self._blobs.mirror, self.key(id))
+        await asyncio.to_thread(self._clear, id)
+
+    def _clear(self, id: str) -> None:
+        """Free what a finished job needs no more: its updates, its plans, its first parameters."""
+        for course in {row.course for row in self._store.tasks(id)}:
+            for key in self._store.forget(id, course, _EVERY_ROUND):
+                self._blobs.delete(key)
+        work = self.folder(id) / "work"
+        for name in ("plans", "updates", "compute"):
+            shutil.rmtree(work / name, ignore_errors=True)
+        (work / "initial.hansa").unlink(missing_ok=True)
 
     def settle(self, id: str, error: BaseException | None) -> None:
         """Write down how a job ended."""
@@ -211,7 +227,7 @@ class Jobs:
             self._store.set_state(id, "finished")
             self._store.event(id, "state", "finished")
         elif isinstance(error, InterruptedRunError | asyncio.CancelledError):
-            if self._stopping:
+            if self.stopping.is_set():
                 return
             self._store.event(id, "state", "aborted")
         else:
@@ -247,10 +263,17 @@ class _Running:
             asyncio.run(self._main())
         except BaseException as caught:  # noqa: BLE001 - whatever ended the job is written down
             error = caught
-        try:
-            self._jobs.settle(self._id, error)
-        except HansaError:
-            _LOG.exception("How job %s ended could not be written down", self._id)
+        while True:
+            try:
+                self._jobs.settle(self._id, error)
+                break
+            except StorageError as full:
+                _LOG.warning("How job %s ended can't be written down yet: %s", self._id, full.message)
+                if self._jobs.stopping.wait(_PAUSE_S):
+                    break
+            except HansaError:
+                _LOG.exception("How job %s ended could not be written down", self._id)
+                break
         self._jobs.ended(self._id)
 
     async def _main(self) -> None:
@@ -277,6 +300,7 @@ class _Notes:
         self._blobs = blobs
         self._metrics = metrics
         self._id = id
+        self.rounds = 0
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         """Note a stage."""
@@ -296,6 +320,7 @@ class _Notes:
 
     def round(self, record: RoundRecord) -> None:
         """Note a finished round, which is on disk."""
+        self.rounds += 1
         self._blobs.mirror(self._jobs.key(self._id))
         self._store.progressed(self._id, record.round, _size(self._jobs.folder(self._id)))
         self._metrics.finished_round(record.seconds)

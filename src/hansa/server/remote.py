@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Reply, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan
-from hansa.errors import FitError, PolicyError, SiteError, StorageError
+from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
 from hansa.runs.carrier import workflow_of
 from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
@@ -87,6 +88,7 @@ class Remote:
         self._compute = compute
         self._blobs = blobs
         self._news = asyncio.Event()
+        self._metrics: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
         self._announced: set[str] = set()  # plans that are there, and whose tasks are about to be
 
     async def __aenter__(self) -> Remote:
@@ -120,11 +122,11 @@ class Remote:
     traits: frozenset[Trait]
 
     def _sweep(self) -> None:
-        """Delete updates that no task names: they were left over by a crash."""
-        known = self.store.updates(self.id)
+        """Delete files of tasks that nobody can answer any more: they were left over by a crash."""
         for path in self._updates.iterdir():
-            if path.suffix == ".hansa" and update_key(self.id, path.stem) not in known:
-                path.unlink()
+            row = self.store.task(path.name.partition(".")[0])
+            if row is None or row.state in ("missing", "replaced"):
+                path.unlink(missing_ok=True)
 
     async def initial(self) -> Tree:
         """Return the parameters that training starts from."""
@@ -154,8 +156,13 @@ class Remote:
         return await self._compute.show(params)
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Turn metric sums into metrics."""
-        return await self._compute.summarise(sums)
+        """Turn metric sums into metrics; those of the round at work are remembered."""
+        key = frozenset(sums.items())
+        if key not in self._metrics:
+            if len(self._metrics) > 4 * len(self.sites) + 16:
+                self._metrics.clear()
+            self._metrics[key] = await self._compute.summarise(sums)
+        return dict(self._metrics[key])
 
     def cohort(self, course: Course) -> RemoteCohort:
         """Return the sites of ``course`` as a workflow sees them."""
@@ -210,13 +217,14 @@ class Remote:
         Whatever ends this early leaves the tasks open: asked for again, after a restart or a full disk, they are the
         same tasks, and sites have gone on with them.
         """
+        begun = time.monotonic()
         rows = await asyncio.to_thread(self.store.open_tasks, self.id, course, round, kind, plan, sites)
         self._announced.discard(plan)
         self.desk.ring(sites)
         waiting = {row.task: row for row in rows.values()}
         while True:
             for row in sorted(waiting.values(), key=lambda row: row.site):
-                settled = row if row.state != "open" else await self._given_up(row, deadline_s)
+                settled = row if row.state != "open" else await self._given_up(row, deadline_s, begun)
                 if settled is not None:
                     del waiting[row.task]
                     yield settled
@@ -228,9 +236,14 @@ class Remote:
             now = await asyncio.to_thread(self.store.tasks, self.id, kind)
             waiting |= {row.task: row for row in now if row.task in waiting}
 
-    async def _given_up(self, row: TaskRow, deadline_s: float | None) -> TaskRow | None:
-        """Close a task whose site has overrun its deadline or is gone, and return it; None while there is hope."""
-        if deadline_s is not None and self.desk.worked_s(row.site, row.task) > deadline_s + _SETTLE_S:
+    async def _given_up(self, row: TaskRow, deadline_s: float | None, begun: float) -> TaskRow | None:
+        """Close a task whose site has overrun its deadline or is gone, and return it; None while there is hope.
+
+        A site counts the deadline from when it starts, but it may not put that off for longer than the lease.
+        """
+        if deadline_s is not None and time.monotonic() - begun > deadline_s + self.lease_s:
+            said = Missing("late", f"not done {deadline_s + self.lease_s:g} s after it was asked")
+        elif deadline_s is not None and self.desk.worked_s(row.site, row.task) > deadline_s + _SETTLE_S:
             said = Missing("late", f"not done after the deadline of {deadline_s:g} s")
         elif self.desk.silent_s(row.site) > self.lease_s:
             said = Missing("lost", self._silence(row.site))
@@ -275,7 +288,20 @@ class RemoteCohort:
         answers = engine.answers(plan.job, plan.round, plan.task, digest, sorted(sites), plan.deadline_s)
         async with contextlib.aclosing(answers):
             async for row in answers:
-                yield await asyncio.to_thread(self._reply, row)
+                yield await self._checked(await asyncio.to_thread(self._reply, row))
+
+    async def _checked(self, reply: Reply) -> Reply:
+        """Reject an update whose metrics can't be summed up: they would end the round for everybody."""
+        if isinstance(reply, Absence):
+            return reply
+        try:
+            await self._engine.summarise(reply.header.sums)
+        except SiteError:
+            raise
+        except (HansaError, RuntimeError) as error:
+            reason = str(error).strip().rpartition("\n")[2]
+            return Absence(reply.header.site, "rejected", f"its metrics can't be summed up: {reason[:200]}")
+        return reply
 
     def _reply(self, row: TaskRow) -> Reply:
         if row.state == "done":

@@ -174,7 +174,7 @@ class Service:
                 return await asyncio.to_thread(self._show, caller, request.job)
             case AbortJob():
                 row = self._row(caller, Permission.ABORT, request.job)
-                await asyncio.to_thread(self._jobs.abort, row.id)
+                await self._jobs.abort(row.id)
                 return Done()
             case WithdrawSite():
                 allowed(caller, Permission.WITHDRAW, sites=[request.site])
@@ -254,7 +254,9 @@ class Service:
     def _sites_of(self, id: str) -> list[str]:
         try:
             return self._jobs.sites_of(id)
-        except StorageError:  # its folder is being deleted
+        except StorageError:
+            if self._store.find_job(id) is not None:
+                raise  # sites would forget a job that is only out of reach
             return []
 
     def _plan_path(self, job: str, plan: str) -> Path:
@@ -291,7 +293,8 @@ class Service:
         if problem is None:
             self._blobs.keep(key)
             self._close_if_late(path, row)
-            self._store.answer(row.task, site, "done", b"", key)
+            if not self._store.answer(row.task, site, "done", b"", key):
+                self._blobs.delete(key)
             self._metrics.answered("update")
         else:
             path.unlink(missing_ok=True)

@@ -63,6 +63,9 @@ _MOVES: dict[JobState, tuple[JobState, ...]] = {
 }
 """State -> those it is reached from."""
 
+LATE_ROUNDS = 8
+"""A late update is waited for so many rounds; what has to be kept for it is one plan a round."""
+
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000
 _ADVISORY_LOCK = 0x68616E7361  # "hansa"
@@ -374,6 +377,11 @@ class Store:
         with self._read() as connection:
             return _job(connection, id)
 
+    def find_job(self, id: str) -> JobRow | None:
+        """Return one job, or None if there is none."""
+        with self._read() as connection:
+            return _find(connection, id)
+
     def jobs(self, submitter: str | None = None, state: JobState | None = None) -> list[JobRow]:
         """Return all jobs, or a submitter's, or those in a state, oldest first."""
         query = sa.select(jobs).order_by(jobs.c.number)
@@ -491,8 +499,8 @@ class Store:
             answer: what the site said, as JSON.
             update: the key of its update, which is durable.
         """
-        before = ("open", "late") if state == "done" else ("open",)
-        after = sa.case((tasks.c.state == "late", "overdue"), else_=state)
+        before = ("open",) if state == "late" else ("open", "late")
+        after = sa.case((tasks.c.state == "late", "overdue"), else_=state) if state == "done" else state
         asked = (tasks.c.task == task) & (tasks.c.site == site) & tasks.c.state.in_(before)
         with self._write() as connection:
             changed = connection.execute(
@@ -553,9 +561,10 @@ class Store:
     def forget(self, job: str, course: str, before_round: int) -> list[str]:
         """Forget what earlier rounds were answered, and return the keys of their updates, to be freed.
 
-        What is late, or overdue and not used yet, stays; so does ``inspect``.
+        What is late by no more than ``LATE_ROUNDS``, or overdue and not used yet, stays; so does ``inspect``.
         """
         past = (tasks.c.round < before_round) & tasks.c.state.not_in(("late", "overdue"))
+        past |= (tasks.c.round < before_round - LATE_ROUNDS) & (tasks.c.state == "late")
         used = (tasks.c.state == "overdue") & (tasks.c.claimed < before_round)
         done = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.kind != "inspect") & (past | used)
         with self._write() as connection:

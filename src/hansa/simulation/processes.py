@@ -244,7 +244,7 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         path.unlink(missing_ok=True)
         raise StorageError(
             f"Can't write {path}: {error.strerror}. Free some space or choose another output.dir; "
-            "the finished rounds are safe, and --resume goes on from the last one."
+            "the finished rounds are safe, and resuming goes on from the last one."
         ) from error
 
 

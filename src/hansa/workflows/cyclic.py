@@ -7,7 +7,7 @@ it is, and receives the model at the end of each round.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ async def cyclic(
     peers: Peers,
     start: Snapshot,
     scratch: Path | None = None,
-) -> AsyncIterator[RoundRecord]:
+) -> AsyncGenerator[RoundRecord, None]:
     """Run rounds in which each site trains on from where the one before it stopped.
 
     A site that fails is left out, and the next one takes its turn from the last message.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -45,7 +45,7 @@ async def scatter_gather(
     scratch: Path | None = None,
     *,
     judges: Sequence[str] | None = None,
-) -> AsyncIterator[RoundRecord]:
+) -> AsyncGenerator[RoundRecord, None]:
     """Run rounds ``start.round + 1`` to ``job.rounds`` and yield a record of each.
 
     The next round begins only when the consumer asks for the next record, so a sink that writes a checkpoint
@@ -211,7 +211,7 @@ def _require(job: Job, gathered: _Gathered, asked: Sequence[str], number: int) -
         reasons = "\n".join(f"  {a.site}: {a.kind}: {a.reason}" for a in gathered.absent)
         raise QuorumError(
             f"{len(gathered.accepted)} of {len(asked)} sites answered, the quorum is {needed}.\n{reasons}\n"
-            "Mend the cause and run again with --resume, or lower cohort.quorum.",
+            "Mend the cause and resume, or lower cohort.quorum.",
             job=job.name,
             round=number,
         )
