@@ -36,6 +36,7 @@ from hansa.transport.messages import (
     Missing,
     OfferRoster,
     Poll,
+    Report,
     ResumeJob,
     ShowJob,
     Submit,
@@ -189,6 +190,41 @@ async def test_garbage_is_rejected_by_name_and_the_rest_goes_on(federation, repl
     assert view.line.state == "finished", view.line.error
     assert all(reason in absent["s1"] for absent in absences(view).values()), absences(view)
     assert all(set(record["accepted"]) == {"s0", "s2"} for record in view.records)
+
+
+async def test_garbage_in_place_of_an_evaluation_is_rejected_by_name(federation):
+    await federation.start("s0")
+    await federation.start("s2")
+
+    def answer(given: Assignment) -> Answer:
+        if given.kind == "inspect":
+            return ready(given)
+        return inline(given, "s1", **({"sums": {"loss_sum": 1.0}} if given.kind == "evaluate" else {}))
+
+    async with impostor(federation, "s1", answer):
+        view = await federation.run(job(rounds=2, cohort={"quorum": 2}))
+    assert view.line.state == "finished", view.line.error
+    assert "loss" in view.records[-1]["metrics"]
+    assert "s1" not in {site for site, values in view.records[-1]["site_metrics"].items() if "loss" in values}
+
+
+async def test_a_site_that_is_there_and_never_answers_is_outlived(tmp_path):
+    async with loopback(tmp_path, SITES, lease_s=1.0) as federation:
+        await federation.start("s0")
+        await federation.start("s2")
+
+        async def murmur() -> None:
+            async with Connection(Kit(federation.site("s1")), f"127.0.0.1:{federation.port}") as connection:
+                while True:
+                    await connection.call(Report([]))
+                    await asyncio.sleep(0.2)
+
+        murmuring = asyncio.create_task(murmur())
+        async with impostor(federation, "s1", lambda given: ready(given) if given.kind == "inspect" else None):
+            view = await federation.run(job(rounds=1, cohort={"quorum": 2, "deadline_s": 0.5}))
+        murmuring.cancel()
+    assert view.line.state == "finished", view.line.error
+    assert absences(view)[1]["s1"] == "late: not done 1.5 s after it was asked"
 
 
 async def test_a_site_reaches_nothing_of_others(federation):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hansa.errors import AccessError, JobError
-from hansa.server.store import Store
+from hansa.server.store import LATE_ROUNDS, Store
 
 PLAN = "a" * 64
 OTHER = "b" * 64
@@ -301,13 +301,24 @@ def test_a_site_that_leaves_is_not_asked_any_more(store: Store) -> None:
         store.leave("j2", "a", b"bye")
 
 
+def test_a_late_site_that_has_nothing_after_all_is_not_waited_for(store: Store) -> None:
+    running(store)
+    tasks = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])
+    for site in "ab":
+        store.answer(tasks[site].task, site, "late", b"deadline")
+    assert store.answer(tasks["a"].task, "a", "missing", b"lost")
+    assert store.agenda("a") == []
+    assert not store.answer(tasks["a"].task, "a", "done", b"", "up/1")
+    store.forget("j1", "demo", 2 + LATE_ROUNDS)
+    assert store.agenda("b") == []
+
+
 def test_a_late_update_is_used_once_by_one_round(store: Store) -> None:
     running(store)
     tasks = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])
     for site in "ab":
         assert store.answer(tasks[site].task, site, "late", b"deadline")
     assert not store.answer(tasks["a"].task, "a", "late")
-    assert not store.answer(tasks["a"].task, "a", "missing")
     assert [task.state for task in store.agenda("a")] == ["late"]
     assert store.overdue("j1", "demo", 2) == []
     assert store.answer(tasks["a"].task, "a", "done", b"", "up/a")

@@ -106,11 +106,12 @@ class Tasks(RuleBasedStateMachine):
                 ("open", "missing"),
                 ("open", "late"),
                 ("late", "done"),
+                ("late", "missing"),
             }
         )
         assert counted == expected
         if before is not None and expected:
-            after = "overdue" if before.state == "late" else kind
+            after = "overdue" if (before.state, kind) == ("late", "done") else kind
             self._set(task, state=after, answer=body, update=update)
 
     @rule(round=ROUNDS)

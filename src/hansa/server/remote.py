@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -122,10 +123,11 @@ class Remote:
     traits: frozenset[Trait]
 
     def _sweep(self) -> None:
-        """Delete files of tasks that nobody can answer any more: they were left over by a crash."""
+        """Delete what came for tasks that nobody can answer any more, and is not their answer."""
         for path in self._updates.iterdir():
             row = self.store.task(path.name.partition(".")[0])
-            if row is None or row.state in ("missing", "replaced"):
+            is_open = row is not None and row.state in ("open", "late")
+            if row is None or not (is_open or row.update == f"jobs/{self.id}/work/updates/{path.name}"):
                 path.unlink(missing_ok=True)
 
     async def initial(self) -> Tree:
@@ -201,6 +203,7 @@ class Remote:
         """Free the updates of rounds before ``before``, and the plans that nobody is asked for any more."""
         for key in self.store.forget(self.id, course, before):
             self._blobs.delete(key)
+        self._sweep()
         plans = list(self._plans.glob("*.hansa"))  # first: another course may be publishing one meanwhile
         announced = set(self._announced)
         asked = {row.plan for row in self.store.tasks(self.id) if row.state in ("open", "late", "done")}
@@ -241,8 +244,9 @@ class Remote:
 
         A site counts the deadline from when it starts, but it may not put that off for longer than the lease.
         """
-        if deadline_s is not None and time.monotonic() - begun > deadline_s + self.lease_s:
-            said = Missing("late", f"not done {deadline_s + self.lease_s:g} s after it was asked")
+        bound_s = (self.job.cohort.deadline_s or math.inf) + self.lease_s
+        if time.monotonic() - begun > bound_s:
+            said = Missing("late", f"not done {bound_s:g} s after it was asked")
         elif deadline_s is not None and self.desk.worked_s(row.site, row.task) > deadline_s + _SETTLE_S:
             said = Missing("late", f"not done after the deadline of {deadline_s:g} s")
         elif self.desk.silent_s(row.site) > self.lease_s:
@@ -330,9 +334,14 @@ class Kept(wire.Spooled):
         """Leave the file: :meth:`Remote.forget` frees it."""
 
 
-def update_key(job: str, task: str) -> str:
-    """Return the name, among the files that must survive, of the update that answers ``task``."""
-    return f"jobs/{job}/work/updates/{task}.hansa"
+def update_key(job: str, task: str, digest: str = "") -> str:
+    """Return the name, among the files that must survive, of the update that answers ``task``.
+
+    Args:
+        job, task: the names of both.
+        digest: its manifest's, if it was uploaded; an answer names the very file that it means.
+    """
+    return f"jobs/{job}/work/updates/{task}.{digest}.hansa" if digest else f"jobs/{job}/work/updates/{task}.hansa"
 
 
 def manifest_of(path: Path) -> Manifest:
