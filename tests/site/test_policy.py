@@ -16,6 +16,7 @@ from hansa.core import config, wire
 from hansa.core.values import Plan, Update
 from hansa.errors import PolicyError
 from hansa.pki.identity import Identity
+from hansa.runs.baselines import course_form
 from hansa.site import policy
 from hansa.site.settings import Policy, SiteSettings
 from hansa.transport.messages import Assignment
@@ -183,9 +184,47 @@ def test_plans_of_something_else(change):
         policy.check_plan(dataclasses.replace(PLAN, **change), job(), given())
 
 
-def test_plans_beyond_the_signed_rounds():
+@pytest.mark.parametrize(("course", "round"), [("toy", 0), ("toy", 11), ("local.s0", 0), ("local.s0", 11), ("base", 1)])
+def test_plans_beyond_the_signed_rounds(course, round):
+    plan = dataclasses.replace(PLAN, job=course, round=round, task="evaluate")
     with pytest.raises(PolicyError, match="signed with 10 rounds"):
-        policy.check_plan(dataclasses.replace(PLAN, round=11), job(), given(round=11))
+        policy.check_plan(plan, job(), given(course=course, round=round, kind="evaluate"))
+
+
+def test_the_base_model_is_of_round_0():
+    plan = dataclasses.replace(PLAN, job="base", round=0, task="evaluate")
+    policy.check_plan(plan, job(), given(course="base", round=0, kind="evaluate"))
+
+
+@pytest.mark.parametrize(
+    ("course", "kind", "baselines"),
+    [
+        ("base", "train", {"base": True}),
+        ("base", "evaluate", {"base": False}),
+        ("local.s1", "train", {"local": True}),
+        ("local.anything", "train", {"local": True}),
+        ("local.s0", "train", {"local": False}),
+        ("local.s1", "evaluate", {"local": False}),
+        ("central", "train", {"central": True}),
+    ],
+)
+def test_baselines_have_no_filters_so_they_are_narrow(course, kind, baselines):
+    signed = job(filters=[{"name": "clip", "max_norm": 1.0}], baselines=baselines)
+    with pytest.raises(PolicyError, match="no baseline"):
+        course_form(signed, course, kind, "s0")
+    assert course_form(signed, "toy", "train", "s0").filters
+
+
+def test_what_a_baseline_is_for():
+    signed = job(filters=[{"name": "clip", "max_norm": 1.0}], baselines={"base": True, "local": True})
+    for course, kind in (
+        ("base", "evaluate"),
+        ("local.s0", "train"),
+        ("local.s0", "evaluate"),
+        ("local.s1", "evaluate"),
+    ):
+        form = course_form(signed, course, kind, "s0")
+        assert (form.strategy["name"], form.filters) == ("fedavg", [])
 
 
 # Updates

@@ -32,18 +32,28 @@ PLAIN = Choice(name="fedavg")
 """The strategy of every baseline; it has no filters."""
 
 
-def course_form(job: Job, name: str) -> CourseForm:
+def course_form(job: Job, name: str, kind: str, site: str) -> CourseForm:
     """Return the strategy and filters of the course ``name`` of a signed job: the job itself, or a baseline of it.
 
+    Baselines have no filters, so what they may be used for is narrow: the base model is only judged, and a site's own
+    model is trained at that site alone.
+
+    Args:
+        job: the signed job.
+        name: the job's name, or a baseline's.
+        kind: ``train`` or ``evaluate``.
+        site: who is to do it.
+
     Raises:
-        PolicyError: the job asks for no such baseline.
+        PolicyError: the job asks for no such baseline, or not for that of this site.
     """
     if name == job.name:
         filters = [item.model_dump(mode="json") for item in job.filters]
         return CourseForm(name, job.strategy.model_dump(mode="json"), filters)
-    if (name == "base" and job.baselines.base) or (name.startswith("local.") and job.baselines.local):
+    judged = (name == "base" and job.baselines.base) or (name.startswith("local.") and job.baselines.local)
+    if judged and (kind == "evaluate" or name == f"local.{site}"):
         return CourseForm(name, PLAIN.model_dump(mode="json"), [])
-    raise PolicyError(f"The job asks for no baseline {name!r}.", job=job.name)
+    raise PolicyError(f"The job asks {site} for no baseline {name[:100]!r} to {kind}.", job=job.name)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,9 @@ IDLE_S = 900.0
 
 REASON_LENGTH = 4000
 
+MOST_BYTES = 64 << 30
+"""The largest plan or bundle that is fetched where the site's policy has no ``max_model_bytes``: 64 GiB."""
+
 _SPARE_BYTES = 16 << 20
 
 
@@ -203,7 +206,7 @@ class JoinedJob:
         durable: bool,
     ) -> None:
         """Fetch a file, and keep its manifest beside it, for what it can give to the next one."""
-        limit = self._settings.policy.max_model_bytes
+        limit = self._settings.policy.max_model_bytes or MOST_BYTES
         try:
             manifest = await connection.download(self.id, digest, path, donors=donors, max_bytes=limit, durable=durable)
         except ChecksumError as error:
@@ -242,7 +245,7 @@ class JoinedJob:
                 path.unlink(missing_ok=True)
 
     async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
-        form = course_form(job, given.course)
+        form = course_form(job, given.course, given.kind, self._site)
         await whole(lambda: self._forget_plans(path))
         _check_room(out.parent, path)
 

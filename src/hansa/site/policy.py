@@ -9,6 +9,7 @@ update before it leaves.
 | too many rounds or threads, too large a model, a filter missing or too weak | PolicyError |
 | the site's plug-in gives a reason, or fails | PolicyError with that reason: a site is closed when in doubt |
 | a plan of another job, round, task or seed than announced, or one that leads to other sites' mailboxes | PolicyError |
+| a plan of a round that the job does not have | PolicyError |
 | an update of another form than the plan implies, not finite, or not bounded as required | PolicyError; it stays here |
 
 What is checked of an update holds whatever the training code did. What its values say is not checked: who may run
@@ -128,8 +129,11 @@ def check_plan(plan: Plan, job: Job, given: Assignment) -> None:
         )
     if plan.seed != job.seed:
         raise PolicyError(f"The plan has the seed {plan.seed}; the job was signed with {job.seed}.")
-    if not 0 <= plan.round <= job.rounds:
-        raise PolicyError(f"The plan is of round {plan.round}; the job was signed with {job.rounds} rounds.")
+    rounds = range(1) if plan.job == "base" != job.name else range(1, job.rounds + 1)
+    if plan.round not in rounds:
+        raise PolicyError(
+            f"The plan is of round {plan.round} of {plan.job[:100]!r}; the job was signed with {job.rounds} rounds."
+        )
     if plan.inbox is not None or plan.outbox is not None:
         raise PolicyError("The plan hands the model from site to site; this site's worker knows no other site.")
 

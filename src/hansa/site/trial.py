@@ -107,7 +107,7 @@ async def _tried(worker: WarmWorker, job: Job, site: str, settings: SiteSettings
     await worker.ask(job, lambda ticket, threads: Initial(ticket, threads, str(first)))
     plan = await whole(lambda: _plan(job, first, planned))
     policy.check_size(planned.stat().st_size, settings.policy)
-    form = course_form(job, job.name)
+    form = course_form(job, job.name, "train", site)
     limit = settings.policy.max_task_s
     try:
         async with asyncio.timeout(limit):
