@@ -34,7 +34,7 @@ from hansa.transport.client import Connection
 from hansa.transport.memory import tune_allocator
 from hansa.transport.messages import Attend, Done, Follow, Get, JobEvent, Message, Offer, Ring
 from hansa.transport.pieces import Incoming, Manifest, describe
-from hansa.transport.server import serve
+from hansa.transport.server import Destination, serve
 
 MIB = 1 << 20
 
@@ -58,8 +58,11 @@ class Depot:
     async def source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
         return self.folder / "file", self.manifest
 
-    async def offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
-        return await asyncio.to_thread(Incoming, self.folder / f"up-{caller.name}", manifest)
+    def sent(self, caller: Identity, num_bytes: int) -> None:
+        pass
+
+    async def offered(self, caller: Identity, offer: Offer) -> Destination | None:
+        return Destination(self.folder / f"up-{caller.name}", 1 << 40, 1 << 28)
 
     async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
         pass

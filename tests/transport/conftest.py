@@ -19,7 +19,7 @@ from hansa.transport import messages
 from hansa.transport.client import Connection
 from hansa.transport.messages import Attend, Follow, Get, JobEvent, Message, Offer, Ring
 from hansa.transport.pieces import Incoming, Manifest, describe
-from hansa.transport.server import Server, serve
+from hansa.transport.server import Destination, Server, serve
 
 
 class Federation:
@@ -61,7 +61,8 @@ class Depot:
     Attributes:
         calls: (member, request) of each call.
         gets: each Get that asked for pieces.
-        wanted: bytes that each offer still lacked.
+        num_bytes_sent: bytes of pieces that went out.
+        max_bytes, max_manifest_bytes: what an upload may have.
         stored: the offers that came to an end.
     """
 
@@ -70,7 +71,9 @@ class Depot:
         self.folder = folder
         self.calls: list[tuple[str, Message]] = []
         self.gets: list[Get] = []
-        self.wanted: list[int] = []
+        self.num_bytes_sent = 0
+        self.max_bytes = 1 << 30
+        self.max_manifest_bytes = 1 << 20
         self.stored: list[Offer] = []
         self.bell: asyncio.Queue[int] = asyncio.Queue()
         self.closed = asyncio.Event()
@@ -124,13 +127,12 @@ class Depot:
             self.gets.append(request)
         return self.files[request.digest]
 
-    async def offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
+    def sent(self, caller: Identity, num_bytes: int) -> None:
+        self.num_bytes_sent += num_bytes
+
+    async def offered(self, caller: Identity, offer: Offer) -> Destination | None:
         path = self.folder / offer.digest
-        if path.exists():
-            return None
-        incoming = await asyncio.to_thread(Incoming, path, manifest)
-        self.wanted.append(incoming.num_bytes_missing)
-        return incoming
+        return None if path.exists() else Destination(path, self.max_bytes, self.max_manifest_bytes)
 
     async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
         assert incoming.path.exists()

@@ -21,7 +21,7 @@ from hansa.transport import messages, protocol
 from hansa.transport.client import Connection
 from hansa.transport.messages import Get, Offer
 from hansa.transport.pieces import PIECE_BYTES, Incoming, Manifest, describe
-from hansa.transport.server import Server, serve
+from hansa.transport.server import Destination, Server, serve
 from relay import Relay, relay
 
 from .conftest import Depot, Dial, Federation
@@ -87,7 +87,7 @@ async def test_a_download_goes_on_where_it_was(
 ) -> None:
     manifest = depot.put(file)
     async with relay(server.port) as network, dial(port=network.port, stall_s=1.0) as connection:
-        network.at(8 * PIECE_BYTES, lambda: hinder(network, trouble))
+        network.at(14 * PIECE_BYTES, lambda: hinder(network, trouble))
         await connection.download("j", manifest.digest, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
     assert network.dialled > 1
@@ -97,16 +97,24 @@ async def test_a_download_goes_on_where_it_was(
 
 @pytest.mark.parametrize("trouble", ["cut", "stall"])
 async def test_an_upload_goes_on_where_it_was(
-    dial: Dial, server: Server, depot: Depot, file: Path, trouble: str
+    dial: Dial, server: Server, depot: Depot, file: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = describe(file)
+    lacking: list[int] = []
+    missing = Incoming.missing
+
+    def noted(self: Incoming) -> list[tuple[int, int]]:
+        lacking.append(self.num_bytes_missing)
+        return missing(self)
+
+    monkeypatch.setattr(Incoming, "missing", noted)
     async with relay(server.port) as network, dial(port=network.port, stall_s=1.0) as connection:
         network.at(12 * PIECE_BYTES, lambda: hinder(network, trouble))
         await connection.upload("j", "t", file, manifest)
     assert (depot.folder / manifest.digest).read_bytes() == file.read_bytes()
     assert network.dialled > 1
-    assert depot.wanted[0] == manifest.num_bytes
-    assert depot.wanted[-1] < manifest.num_bytes - 3 * PIECE_BYTES
+    assert lacking[0] == manifest.num_bytes
+    assert lacking[-1] < manifest.num_bytes - 3 * PIECE_BYTES
     assert len(depot.stored) == 1
 
 
@@ -282,7 +290,7 @@ async def test_a_file_that_is_not_there_to_send(dial: Dial, tmp_path: Path) -> N
 
 
 async def test_an_upload_that_the_handler_refuses(dial: Dial, depot: Depot, file: Path) -> None:
-    async def refuse(caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
+    async def refuse(caller: Identity, offer: Offer) -> Destination | None:
         raise AccessError("This task is not yours.", site=caller.name)
 
     depot.offered = refuse  # type: ignore[method-assign]

@@ -7,6 +7,9 @@
 | an answer comes a second time | acknowledged; the first stands |
 | an update that is no Hansa update, or of another site or round | the task is closed as ``rejected``, with the reason |
 | a role or scope that does not allow the call | AccessError, and an audit entry |
+| an upload larger than the task's plan implies, or for a task that has no update | refused before anything is read |
+| another file of the same update | it takes the first one's place until the task is answered, and is then refused |
+| an answer that names another file than was uploaded | StorageError; the site sends it again |
 """
 
 from __future__ import annotations
@@ -70,9 +73,13 @@ from hansa.transport.messages import (
     WithdrawSite,
 )
 from hansa.transport.pieces import Incoming, Manifest
+from hansa.transport.server import Destination
 
 FRESH_S = 900.0
 """How old a bundle's signature may be when the job is submitted."""
+
+BUNDLE_MANIFEST_BYTES = 64 << 20
+"""The longest manifest of a bundle: room for 1.8 million pieces."""
 
 _SEEN_S = 10.0
 _AUDITED = {Submit: "submit", AbortJob: "abort", WithdrawSite: "withdraw", ResumeJob: "resume", DeleteJob: "delete"}
@@ -151,7 +158,8 @@ class Service:
             case Report():
                 self._attends(caller)
                 await self._heard(caller)
-                self._desk.report(caller.name, request.activities)
+                open = {row.task for row in await asyncio.to_thread(self._store.agenda, caller.name)}
+                self._desk.report(caller.name, [item for item in request.activities if item.task in open])
                 return Done()
             case Answer():
                 self._attends(caller)
@@ -281,8 +289,9 @@ class Service:
             text = msgspec.json.encode(said.missing if said.missing is not None else said.inspected)
             self._store.answer(row.task, site, state, text)  # type: ignore[arg-type]
             self._metrics.answered("inspected" if said.missing is None else said.missing.kind)
+            self._forget_uploads(row)
             return row.job
-        key = update_key(row.job, row.task)
+        key = update_key(row.job, row.task, said.upload or "")
         path = self._blobs.path(key)
         if said.inline is not None:
             _write(path, said.inline)
@@ -290,6 +299,7 @@ class Service:
         elif not path.exists():
             raise StorageError("The update that the answer names is not here; send it again.", job=row.job, site=site)
         problem = _problem(path, row)
+        self._forget_uploads(row, path)
         if problem is None:
             self._blobs.keep(key)
             self._close_if_late(path, row)
@@ -316,11 +326,11 @@ class Service:
 
     async def source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
         """Return a file that belongs to a job: its bundle and plans for its sites, its results for its owner."""
-        path, manifest = await asyncio.to_thread(self._source, caller, request)
-        if request.ranges is not None:
-            lengths = [length for length, _ in manifest.pieces]
-            self._metrics.sent(sum(sum(lengths[begin:end]) for begin, end in request.ranges))
-        return path, manifest
+        return await asyncio.to_thread(self._source, caller, request)
+
+    def sent(self, caller: Identity, num_bytes: int) -> None:
+        """Count what went out."""
+        self._metrics.sent(num_bytes)
 
     def _source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
         row = self._store.job(request.job)
@@ -344,25 +354,42 @@ class Service:
                 return folder / name, Manifest.decode(manifest)
         raise JobError(f"Job {row.id!r} has no such file.", job=row.id)
 
-    async def offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
+    async def offered(self, caller: Identity, offer: Offer) -> Destination | None:
         """Say where an upload goes: a new job's bundle, or the update that answers a task."""
-        return await asyncio.to_thread(self._offered, caller, offer, manifest)
+        async with self._taking.setdefault(caller.name, asyncio.Lock()):  # no file goes while an answer is made of it
+            return await asyncio.to_thread(self._offered, caller, offer)
 
-    def _offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
-        limit = self._settings.max_model_bytes
+    def _offered(self, caller: Identity, offer: Offer) -> Destination | None:
         if offer.task == "bundle" and not offer.job:
             allowed(caller, Permission.SUBMIT)
-            path = self._bundle_path(caller, manifest.digest)
-        else:
-            self._attends(caller)
-            row = self._task(caller.name, offer.job, offer.task)
-            if row.state not in ("open", "late"):
+            path = self._bundle_path(caller, offer.digest)
+            if path.exists() and path.with_suffix(".manifest").exists():
                 return None
-            path = self._blobs.path(update_key(row.job, row.task))
+            return Destination(path, self._settings.max_bundle_bytes, BUNDLE_MANIFEST_BYTES)
+        self._attends(caller)
+        row = self._task(caller.name, offer.job, offer.task)
+        if row.state not in ("open", "late"):
+            return None
+        if row.kind != "train":
+            raise JobError(f"A task to {row.kind} is answered in a message, not by a file.", job=row.job, site=row.site)
+        path = self._blobs.path(update_key(row.job, row.task, offer.digest))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._forget_uploads(row, path)
         if path.exists():
             return None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return Incoming(path, manifest, max_bytes=limit)
+        plan = self._plan_path(row.job, row.plan)
+        try:
+            num_bytes, manifest_bytes = (item.stat().st_size for item in (plan, plan.with_suffix(".manifest")))
+        except OSError as error:
+            raise StorageError(f"Can't read the plan {plan.name}: {error.strerror}.", job=row.job) from error
+        largest = self._settings.max_model_bytes or implied_bytes(num_bytes)
+        return Destination(path, min(largest, implied_bytes(num_bytes)), implied_bytes(manifest_bytes))
+
+    def _forget_uploads(self, row: TaskRow, but: Path | None = None) -> None:
+        """Delete what has come for a task, whole or in part, but one file."""
+        for path in self._blobs.path(update_key(row.job, row.task)).parent.glob(f"{row.task}.*"):
+            if but is None or path not in (but, but.with_name(f"{but.name}.part")):
+                path.unlink(missing_ok=True)
 
     async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
         """Note a bundle's manifest; what an update is worth is decided when it is answered with."""
@@ -522,6 +549,15 @@ def members(kit: Kit) -> list[str]:
     """Return the names of the federation's sites."""
     prefix = f"{Role.SITE.value}/"
     return sorted(name.removeprefix(prefix) for name in kit.roster().members if name.startswith(prefix))
+
+
+def implied_bytes(num_bytes: int) -> int:
+    """Return how large an update, or its manifest, may be at most where its plan, or that one's manifest, is so large.
+
+    Sites hold their updates to the plan tensor by tensor; this is what bounds a site that does not: two parts, such as
+    SCAFFOLD's, of tensors that are sent at twice the plan's precision, and a header.
+    """
+    return 4 * num_bytes + (1 << 20)
 
 
 def _write(path: Path, data: bytes) -> None:

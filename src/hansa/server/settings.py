@@ -100,6 +100,7 @@ class ServerSettings(Section):
     stall_s: Annotated[float, Field(gt=0)] = Field(60.0, description="A transfer that stands still so long is ended.")
     max_running_jobs: Annotated[int, Field(gt=0)] = Field(4, description="Jobs at work at a time; others queue.")
     max_model_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="The largest model of a job.")
+    max_bundle_bytes: Annotated[int, Field(gt=0)] = Field(1 << 34, description="The largest bundle of a job.")
     quota: Quota = Quota()
     log_format: Literal["console", "json"] = Field("console", description="console, or json: one object a line.")
     compute: Compute = Compute()

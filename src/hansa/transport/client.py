@@ -37,6 +37,7 @@ from hansa.errors import AccessError, HansaError, StorageError, UnreachableError
 from hansa.pki.kit import Kit
 from hansa.transport import diagnosis, messages, protocol
 from hansa.transport.messages import (
+    MAX_RANGES,
     Attend,
     Done,
     Follow,
@@ -249,7 +250,8 @@ class Connection:
         writing: list[asyncio.Future[None]] = []
         try:
             async with self._stream("Download") as call:
-                await call.write(protocol.encode(Get(job, incoming.manifest.digest, incoming.missing())))
+                ranges = incoming.missing()[:MAX_RANGES]
+                await call.write(protocol.encode(Get(job, incoming.manifest.digest, ranges)))
                 await call.done_writing()
                 async for data in self._frames(call):
                     index, payload = protocol.unframe(data)

@@ -25,6 +25,12 @@ SERVICE = "hansa.Federation"
 INLINE_BYTES = (1 << 20) + (1 << 16)
 """Plans and updates up to this size (1 MiB and a header) travel inside messages, larger ones as files in pieces."""
 
+MAX_RANGES = 1 << 14
+"""How many ranges of pieces one Get names; a client asks again for what lies beyond."""
+
+MAX_ACTIVITIES = 1024
+"""How many tasks one Report tells of."""
+
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Label = Annotated[str, msgspec.Meta(max_length=200)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -131,7 +137,7 @@ class Report(Message):
     """A sign of life from a site, with what it is at."""
 
     reply: ClassVar[type[Message]] = Done
-    activities: list[Activity]
+    activities: Annotated[list[Activity], msgspec.Meta(max_length=MAX_ACTIVITIES)]
 
 
 class Missing(Message):
@@ -195,12 +201,12 @@ class Get(Message):
     Attributes:
         job: the job that the file belongs to, which is what access is decided by; a digest opens nothing.
         digest: the file's manifest.
-        ranges: half-open ranges of indices of pieces.
+        ranges: half-open ranges of indices of pieces, ascending.
     """
 
     job: Label
     digest: Digest
-    ranges: list[tuple[Count, Count]] | None = None
+    ranges: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MAX_RANGES)] | None = None
 
 
 class Offer(Message):

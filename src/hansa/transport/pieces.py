@@ -14,7 +14,8 @@ killed while a file arrives                      what has arrived is in ``NAME.p
 a piece with other bytes than its digest says    ChecksumError; nothing of it is written
 a disk that fills up                             StorageError; what is there stays and is used again
 a manifest that promises too much                WireError before anything is written; no size is allocated ahead
-equal pieces (zeros)                             travel once
+equal pieces (zeros)                             travel once, but each counts as part of the file's size
+ranges that overlap or descend                   WireError before anything is read
 two receptions of one manifest at one path       both write the same bytes to the same places; either may finish
 a donor that is gone, or was altered             its pieces are fetched like others
 an empty file                                    no pieces; finished at once
@@ -30,7 +31,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -171,16 +172,21 @@ def as_ranges(indices: Iterable[int]) -> Ranges:
     return ranges
 
 
-def in_ranges(ranges: Iterable[tuple[int, int]], manifest: Manifest) -> Iterator[int]:
-    """Yield the indices in ranges that came from the network.
+def in_ranges(ranges: Sequence[tuple[int, int]], manifest: Manifest) -> Iterator[int]:
+    """Return the indices in ranges that came from the network.
 
     Raises:
-        WireError: a range is empty or goes beyond the manifest.
+        WireError: at once, if a range is empty, begins before the last one's end, or goes beyond the manifest.
     """
+    last = 0
     for begin, end in ranges:
-        if not 0 <= begin < end <= len(manifest.pieces):
-            raise WireError(f"There are no pieces {begin} to {end}; the file has {len(manifest.pieces)}.")
-        yield from range(begin, end)
+        if not last <= begin < end <= len(manifest.pieces):
+            raise WireError(
+                f"There are no pieces {begin} to {end} after {last}; the file has {len(manifest.pieces)}. "
+                "Ranges ascend and do not overlap."
+            )
+        last = end
+    return chain.from_iterable(range(begin, end) for begin, end in ranges)
 
 
 class Incoming:

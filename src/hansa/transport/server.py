@@ -13,6 +13,7 @@ bytes that are no message                        WireError
 an error of :mod:`hansa.errors` in a handler     travels, and is raised again at the client
 any other error in a handler                     logged with an id; the client is told the id and nothing else
 too many calls at once by one peer               refused; the client waits and tries again
+an upload that is not allowed, or too large      refused before its manifest is read, or before a piece is written
 an upload that stands still                      ended after ``stall_s``; what has arrived stays
 many uploads at once                             taken in turns; a slow one takes up nobody's turn
 ===============================================  ================================================================
@@ -30,6 +31,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -77,6 +79,21 @@ _Context = Any  # grpc.aio.ServicerContext; grpcio has no types
 _Work = Callable[[Identity, _Context], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where an upload is to go, and how much of it there may be.
+
+    Attributes:
+        path: where the file is to be; that it is there already is found out, and nothing of it is sent again.
+        max_bytes: the largest file; equal pieces, which travel once, all count.
+        max_manifest_bytes: the longest manifest.
+    """
+
+    path: Path
+    max_bytes: int
+    max_manifest_bytes: int
+
+
 class Handlers(Protocol):
     """What a server does with what it is told. ``caller`` is known and admitted; what he may do is decided here."""
 
@@ -92,8 +109,11 @@ class Handlers(Protocol):
     async def source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
         """Return the file that a caller may have."""
 
-    async def offered(self, caller: Identity, offer: Offer, manifest: Manifest) -> Incoming | None:
-        """Return where an upload is to go; None if it is here already."""
+    def sent(self, caller: Identity, num_bytes: int) -> None:
+        """Note how much of a file went to a caller."""
+
+    async def offered(self, caller: Identity, offer: Offer) -> Destination | None:
+        """Return where an upload is to go, before anything of it is read; None if it is not needed."""
 
     async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
         """Take a file that is whole; when this returns, that it came is durable."""
@@ -281,9 +301,10 @@ class Server:
         get = protocol.decode(Get, await self._read(context))
         path, manifest = await _beating(context, self._handlers.source(caller, get))
         if get.ranges is None:
-            for data in protocol.in_frames(manifest.encode()):
+            for data in protocol.in_frames(await self._in_thread(manifest.encode)):
                 await context.write(data)
             return
+        indices = in_ranges(get.ranges, manifest)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -293,37 +314,49 @@ class Server:
             return protocol.frame(index, read_piece(descriptor, manifest, index, path))
 
         ahead: list[asyncio.Future[bytes]] = []
+        num_bytes = 0
         try:
             async with self._lane(context) as moved:
-                for index in in_ranges(get.ranges, manifest):
+                for index in indices:
                     ahead.append(self._in_thread(load, index))
                     if len(ahead) > AHEAD:
                         await context.write(await ahead.pop(0))
                     moved(manifest.pieces[index][0])
+                    num_bytes += manifest.pieces[index][0]
                 while ahead:
                     await context.write(await ahead.pop(0))
         finally:
             await _settled(ahead)
             os.close(descriptor)
+            self._handlers.sent(caller, num_bytes)
 
     async def _upload(self, caller: Identity, context: _Context) -> None:
         offer = protocol.decode(Offer, await self._read(context))
-        if offer.manifest_bytes > MAX_MANIFEST_BYTES:
-            raise WireError(f"A manifest of {offer.manifest_bytes} bytes is too long.")
-        data = bytearray()
-        while len(data) < offer.manifest_bytes:
-            data += await self._read(context)
-        manifest = Manifest.decode(bytes(data))
-        if manifest.digest != offer.digest:
-            raise WireError("A manifest has another digest than the one it was offered by.")
-        incoming = await _beating(context, self._handlers.offered(caller, offer, manifest))
-        if incoming is None:
+        place = await _beating(context, self._handlers.offered(caller, offer))
+        longest = MAX_MANIFEST_BYTES if place is None else min(place.max_manifest_bytes, MAX_MANIFEST_BYTES)
+        if offer.manifest_bytes > longest:
+            raise WireError(f"A manifest of {offer.manifest_bytes:,} bytes is too long; {longest:,} are accepted here.")
+        if place is None:
+            left = offer.manifest_bytes
+            while left > 0:
+                left -= len(await self._read(context))
             await context.write(protocol.encode(Wanted([])))
             await context.write(protocol.encode(Done()))
             return
+        data = bytearray()
+        while len(data) < offer.manifest_bytes:
+            data += await self._read(context)
+        async with self._arriving(context, offer, place, data) as incoming:
+            await self._take_pieces(context, incoming)
+            await _beating(context, self._in_thread(incoming.finish))
+            await _beating(context, self._handlers.received(caller, offer, incoming))
+        await context.write(protocol.encode(Done()))
+
+    async def _take_pieces(self, context: _Context, incoming: Incoming) -> None:
+        """Ask for the pieces that are missing, and write them as they come."""
         writing: list[asyncio.Future[None]] = []
         try:
-            ranges = incoming.missing()
+            ranges = await self._in_thread(incoming.missing)
             async with self._lane(context) as moved:
                 await context.write(protocol.encode(Wanted(ranges)))
                 for _ in range(sum(end - begin for begin, end in ranges)):
@@ -335,14 +368,30 @@ class Server:
                         await writing.pop(0)
                 while writing:
                     await writing.pop(0)
-            if incoming.missing():
-                raise WireError("An upload ended before all its pieces had come.")
-            await _beating(context, self._in_thread(incoming.finish))
-            await _beating(context, self._handlers.received(caller, offer, incoming))
         finally:
             await _settled(writing)
-            incoming.close()
-        await context.write(protocol.encode(Done()))
+        if incoming.num_bytes_missing:
+            raise WireError("An upload ended before all its pieces had come.")
+
+    @contextlib.asynccontextmanager
+    async def _arriving(
+        self, context: _Context, offer: Offer, place: Destination, data: bytearray
+    ) -> AsyncIterator[Incoming]:
+        """Open the file that is to arrive, in a thread; close it on leaving, even if nobody waits for it any more."""
+
+        def begin() -> Incoming:
+            manifest = Manifest.decode(bytes(data))
+            if manifest.digest != offer.digest:
+                raise WireError("A manifest has another digest than the one it was offered by.")
+            return Incoming(place.path, manifest, max_bytes=place.max_bytes)
+
+        opening = self._in_thread(begin)
+        try:
+            yield await _beating(context, asyncio.shield(opening))
+        finally:
+            await _settled([opening])
+            if opening.exception() is None:
+                opening.result().close()
 
     @contextlib.asynccontextmanager
     async def _lane(self, context: _Context) -> AsyncIterator[Callable[[int], None]]:
