@@ -30,6 +30,7 @@ from hansa.server.remote import Remote
 from hansa.server.service import Service
 from hansa.site import agent as agents
 from hansa.site import joined
+from hansa.site.outbox import Outbox, Outcome
 from hansa.transport.messages import AbortJob, Answer, Assignment, DeleteJob, Poll
 from relay import relay
 from shell import environment
@@ -682,6 +683,27 @@ async def test_a_disk_that_is_full_for_good(tmp_path, monkeypatch):
         view = await lab.run(job(tmp_path, rounds=1))
     assert "0 are free" in view.line.error
     assert not (tmp_path / "trained.txt").exists()
+
+
+@pytest.mark.parametrize(("patience_s", "times"), [(600.0, 2), (0.5, 1)])
+async def test_a_disk_that_is_full_when_a_round_is_done(tmp_path, monkeypatch, patience_s, times):
+    """What is trained is kept and not trained again; patience begins with the failure, however long the round took."""
+    real, failed = Outbox.finish, []
+
+    def finish(self, task, outcome):
+        if outcome == Outcome() and len(failed) < times:
+            failed.append(task)
+            raise StorageError("the disk is full")
+        return real(self, task, outcome)
+
+    monkeypatch.setattr(Outbox, "finish", finish)
+    monkeypatch.setattr(agents, "PATIENCE_S", patience_s)
+    async with loopback(tmp_path) as lab:
+        await lab.start("s0")
+        view = await lab.run(job(tmp_path, rounds=1, recipe={"delay_s": 0.15}))
+    assert view.line.state == "finished", view.line.error
+    assert len(failed) == times
+    assert trained(tmp_path) == Counter({"s0 1": 1})
 
 
 async def test_no_server_is_waited_for(tmp_path):

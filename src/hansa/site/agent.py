@@ -12,7 +12,8 @@ or an agent that was killed goes on from what is on disk.
 | the server does not take an answer, for good | after ``REFUSALS`` tries the answer is ``lost``, with the reason |
 | a proxy cuts the stream each time, or lets nothing through | long polls in its place, and now and then a stream |
 | the agent is killed | finished answers are sent again as they are; what was being trained starts again |
-| the disk is full | tried again with growing pauses; after ``PATIENCE_S`` the answer is ``lost``, with the reason |
+| the disk is full | tried again with growing pauses; after ``PATIENCE_S`` in which it got no further, it is ``lost`` |
+| the disk is full when a round is done | the update is kept until there is room: nothing is retrained |
 | a defect in one task | its answer is ``lost``, with the reason; the agent's log has the traceback |
 | a task or job leaves the agenda and comes back at once | begun again when what it left behind has ended |
 | the same agenda again and again | asked for ever more slowly |
@@ -62,7 +63,7 @@ from hansa.transport.pieces import describe
 from hansa.version import VERSION
 
 PATIENCE_S = 600.0
-"""How long a site tries again when its own disk is full."""
+"""How long a site tries again when its own disk is full, from the first failure in the phase that it can't pass."""
 
 REFUSALS = 3
 """How often an answer is sent that the server says it will not take."""
@@ -355,15 +356,19 @@ class Agent:
 
     async def _answered(self, connection: Connection, job: JoinedJob, given: Assignment) -> Entry:
         """Return the finished answer, durable: found on disk, or made now."""
-        begun = time.monotonic()
+        doing = self._doing[given.task]
+        outcome: Outcome | None = None
+        stuck, since = "", 0.0
         pauses = _pauses()
         while True:
             try:
                 entry = await whole(lambda: job.outbox.find(given.task))
                 if entry is not None:
                     return entry
-                _LOG.info("%s: begun (%s, round %d of %s)", given.task, given.kind, given.round, given.job)
-                outcome = await job.answer(connection, given, lambda phase: self._at(given.task, phase))
+                if outcome is None:
+                    _LOG.info("%s: begun (%s, round %d of %s)", given.task, given.kind, given.round, given.job)
+                    outcome = await job.answer(connection, given, lambda phase: self._at(given.task, phase))
+                    self._at(given.task, "sending")
                 return await whole(partial(job.outbox.finish, given.task, outcome))
             except HansaError as error:
                 _LOG.warning("%s: tried again: %s", given.task, error.message)
@@ -372,9 +377,12 @@ class Agent:
             except Exception as error:  # noqa: BLE001 - one task's defect must not end the others
                 _LOG.exception("%s: a defect", given.task)
                 return await self._concluded(job, given, lost(f"A defect at the site: {type(error).__name__}: {error}"))
-            if time.monotonic() - begun > PATIENCE_S:
+            if doing.phase != stuck:
+                stuck, since = doing.phase, time.monotonic()
+            if time.monotonic() - since >= PATIENCE_S:
                 return await self._concluded(job, given, lost(reason))
-            self._at(given.task, "waiting")
+            if outcome is None:
+                self._at(given.task, "waiting")
             await asyncio.sleep(next(pauses))
 
     async def _concluded(self, job: JoinedJob, given: Assignment, outcome: Outcome) -> Entry:
