@@ -33,7 +33,7 @@ from hansa.workers.messages import (
     Summarise,
     Work,
 )
-from hansa.workers.worker import Worker
+from hansa.workers.worker import INHERITED, Worker
 
 _A = TypeVar("_A", bound=Answer)
 _ATTEMPTS = 3
@@ -47,7 +47,7 @@ class Compute:
         job: the job with its files in place.
         directory: for what passes between the processes, and the worker's log.
         threads: CPU threads of what it computes; the job's own by default, which the same bits need.
-        environment: what is set in the worker's environment.
+        environment: what is set in the worker's environment, beside the little that it gets of this process's own.
     """
 
     def __init__(
@@ -143,7 +143,12 @@ class Compute:
             if worker is not None and worker.ready and worker.ending is None:
                 return worker
             ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-            worker = Worker(self._threads, self._directory / "compute.log", environment=self._environment)
+            worker = Worker(
+                self._threads,
+                self._directory / "compute.log",
+                environment=self._environment,
+                inherited=INHERITED,
+            )
             self._worker = worker
             start = Start(self._job.to_json(), str(self._directory.absolute()))
             worker.serving = asyncio.create_task(worker.serve(start, ready.set_result))

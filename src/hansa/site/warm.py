@@ -19,25 +19,16 @@ from typing import TypeVar
 
 from hansa.core import storage
 from hansa.core.config import Job
-from hansa.errors import HansaError, PolicyError, SiteError, StorageError
+from hansa.errors import HansaError, PolicyError, SiteError, StorageError, WireError
 from hansa.site.settings import SiteSettings
 from hansa.workers.messages import Answer, Close, Failed, Start, Work
 from hansa.workers.runner import num_threads
-from hansa.workers.worker import Worker
+from hansa.workers.worker import INHERITED, Worker
 
 ATTEMPTS = 3
 """How often a task is tried when its worker dies of it."""
 
 _CLOSE_S = 20.0
-
-INHERITED = frozenset(
-    {"HOME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"}
-    | {"LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME"}
-    | {"CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
-    | {"HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE", "TORCH_HOME"}
-    | {"DONT_FAKE_MONOTONIC", "FAKETIME", "FAKETIME_NO_CACHE", "FAKETIME_TIMESTAMP_FILE"}
-)
-"""What training gets of the agent's environment: no tokens, no passwords, no proxies."""
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Only the agent speaks the network: what training needs is in the job's bundle or on this machine."""
@@ -67,6 +58,7 @@ class WarmWorker:
         Raises:
             PolicyError: the recipe or the data raise a Hansa error: this site can't do the job, and why.
             SiteError: the worker died each time, or met a defect of the job's code.
+            WireError: the worker can't read what it was sent.
             StorageError: the disk is full.
         """
         for attempt in range(1, ATTEMPTS + 1):
@@ -150,7 +142,7 @@ class WarmWorker:
 
 def _failure(error: Exception) -> HansaError:
     """Return what an error of the job's program means at a site."""
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError | WireError):
         return error
     return PolicyError(error.message) if isinstance(error, HansaError) else SiteError(str(error))
 

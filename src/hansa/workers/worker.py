@@ -38,6 +38,15 @@ from hansa.workers.messages import (
 Devices = tuple[str, ...] | None
 """The GPUs that a worker sees, as in CUDA_VISIBLE_DEVICES; None leaves the variable as it is."""
 
+INHERITED = frozenset(
+    {"HOME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER"}
+    | {"LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "XDG_CACHE_HOME"}
+    | {"CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
+    | {"HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE", "TORCH_HOME"}
+    | {"DONT_FAKE_MONOTONIC", "FAKETIME", "FAKETIME_NO_CACHE", "FAKETIME_TIMESTAMP_FILE"}
+)
+"""What a job's code gets of the environment of its agent or server: no tokens, no passwords, no proxies."""
+
 _EXIT_S = 1.0
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
