@@ -17,7 +17,7 @@ from hansa.core import storage, wire
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.core.tree import Tree
-from hansa.errors import HansaError, SiteError
+from hansa.errors import HansaError, PolicyError, SiteError
 from hansa.workers.messages import (
     Answer,
     Close,
@@ -46,15 +46,20 @@ class Compute:
     Args:
         job: the job with its files in place.
         directory: for what passes between the processes, and the worker's log.
-        threads: CPU threads of what it computes; the job's own by default, which the same bits need.
         environment: what is set in the worker's environment, beside the little that it gets of this process's own.
+        max_model_bytes: the largest model that may be trained.
     """
 
     def __init__(
-        self, job: Job, directory: Path, threads: int | None = None, environment: Mapping[str, str] | None = None
+        self,
+        job: Job,
+        directory: Path,
+        environment: Mapping[str, str] | None = None,
+        max_model_bytes: int | None = None,
     ) -> None:
         self._job = job
-        self._threads = threads or job.engine.threads
+        self._threads = job.engine.threads
+        self._max_model_bytes = max_model_bytes
         self._directory = directory
         self._environment = environment
         self._files = itertools.count()
@@ -86,13 +91,22 @@ class Compute:
         if worker.ready:
             worker.send(Close())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(worker.serving), _CLOSE_S)
+                async with asyncio.timeout(_CLOSE_S):
+                    await asyncio.shield(worker.serving)
         worker.kill("the job has ended")
         await worker.serving
 
     async def initial(self, path: Path) -> Tree:
-        """Return the parameters that training starts from, read from ``path`` as they are needed."""
+        """Return the parameters that training starts from, read from ``path`` as they are needed.
+
+        Raises:
+            PolicyError: they are larger than the server allows.
+        """
         await self._ask(lambda ticket, n: Initial(ticket, n, str(path)), Done)
+        num_bytes = path.stat().st_size
+        if self._max_model_bytes is not None and num_bytes > self._max_model_bytes:
+            path.unlink()
+            raise PolicyError(f"The model has {num_bytes:,} bytes; this server allows {self._max_model_bytes:,}.")
         return wire.open_parts(path)[1]["params"]
 
     async def export(self, params: Tree, directory: Path) -> None:

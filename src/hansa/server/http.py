@@ -217,7 +217,8 @@ class Watch:
             self._running[name] = loop.run_in_executor(self._threads, _result, self._checks[name])
             self._running[name].add_done_callback(lambda done: self._note(name, done))
         try:
-            return await asyncio.wait_for(asyncio.shield(self._running[name]), CHECK_S)
+            async with asyncio.timeout(CHECK_S):
+                return await asyncio.shield(self._running[name])
         except TimeoutError:
             return f"no answer within {CHECK_S:g} s"
 

@@ -234,7 +234,8 @@ class Remote:
             if not waiting:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), _TICK_S)
+                async with asyncio.timeout(_TICK_S):  # not wait_for, which may swallow a cancellation (CPython 86296)
+                    await self._news.wait()
             self._news.clear()
             now = await asyncio.to_thread(self.store.tasks, self.id, kind)
             waiting |= {row.task: row for row in now if row.task in waiting}

@@ -221,7 +221,9 @@ class Agent:
         async with contextlib.aclosing(connection.attend(Attend(PROTOCOL, VERSION))) as stream:  # type: ignore[type-var]
             while True:
                 try:
-                    yield await asyncio.wait_for(anext(stream), self._lease_s / 2)
+                    async with asyncio.timeout(self._lease_s / 2):
+                        ring = await anext(stream)
+                    yield ring
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
@@ -254,7 +256,8 @@ class Agent:
             last = shown
             await asyncio.sleep(pause)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), self._lease_s)
+                async with asyncio.timeout(self._lease_s):
+                    await self._news.wait()
 
     async def _renew_roster(self, connection: Connection) -> None:
         """Take over the server's roster if it told of a newer one; only its authority can have made that."""
@@ -421,7 +424,8 @@ class Agent:
         """Tell what is being worked on, when it changes and lasts, and often enough to keep the lease."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._activity.wait(), self._lease_s / 4)
+                async with asyncio.timeout(self._lease_s / 4):
+                    await self._activity.wait()
             await asyncio.sleep(_LASTING_S)
             self._activity.clear()
             now = time.monotonic()
