@@ -706,6 +706,71 @@ async def test_a_disk_that_is_full_when_a_round_is_done(tmp_path, monkeypatch, p
     assert trained(tmp_path) == Counter({"s0 1": 1})
 
 
+def cut_in_half(path: Path) -> None:
+    """Let the second half of a file be zeros, as a power cut may leave a file that is not synced."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
+@pytest.mark.parametrize("size", [4, LARGE])
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("plans/*.hansa", cut_in_half),
+        ("plans/*.hansa", lambda path: path.write_bytes(b"")),
+        ("plans/*.manifest", lambda path: path.write_bytes(b"")),
+        ("bundle.manifest", lambda path: path.write_bytes(b"")),
+    ],
+)
+async def test_a_power_cut_at_a_site(tmp_path, monkeypatch, size, name, spoil):
+    """What was not synced is empty, or zeros: it is fetched again, and nothing wrong is trained on."""
+    real = joined.JoinedJob._perform
+    at_work, cut = asyncio.Event(), False
+    plans: set[bytes] = set()
+
+    async def perform(self, job, given, path, *rest):
+        plans.add(path.read_bytes())
+        if given.kind == "train" and not cut:
+            at_work.set()
+            await asyncio.Event().wait()
+        return await real(self, job, given, path, *rest)
+
+    monkeypatch.setattr(joined.JoinedJob, "_perform", perform)
+    async with loopback(tmp_path, lease_s=60) as lab, lab.lead() as lead:
+        await lab.start("s0")
+        id = await lead.submit(job(tmp_path, rounds=1, recipe={"size": size, "varied": True}))
+        await asyncio.wait_for(at_work.wait(), 60)
+        await lab.stop("s0")
+        (first,) = plans
+        for path in (lab.site("s0") / "work" / "jobs" / id).glob(name):
+            spoil(path)
+        cut = True
+        await lab.start("s0")
+        view = await lead.wait(id)
+    assert view.line.state == "finished", view.line.error
+    assert first in plans
+    assert len(plans) == 2, "one to train, one to evaluate"
+
+
+async def test_a_plan_that_is_damaged_while_it_is_needed(tmp_path, monkeypatch):
+    """It is fetched again, not refused: the server has nothing to do with it."""
+    real = wire.open_plan
+    tries = []
+
+    def spoilt(path: Path) -> Plan:
+        tries.append(path)
+        if len(tries) == 1:
+            path.write_bytes(path.read_bytes()[:1000])
+        return real(path)
+
+    monkeypatch.setattr(wire, "open_plan", spoilt)
+    async with loopback(tmp_path) as lab:
+        await lab.start("s0")
+        view = await lab.run(job(tmp_path, rounds=1, recipe={"size": LARGE, "varied": True}))
+    assert view.line.state == "finished", view.line.error
+    assert tries[0] == tries[1]
+
+
 async def test_no_server_is_waited_for(tmp_path):
     lab = Loopback(tmp_path, ["s0"])
     with socket.create_server(("127.0.0.1", 0)) as free:

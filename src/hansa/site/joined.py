@@ -18,6 +18,8 @@
 | the server changes its mind about what was signed | ``refused``: a job has one bundle |
 | no task comes for ``IDLE_S`` | the worker ends; the next task starts another |
 | another job brought the same files | they are taken from its bundle instead of fetched |
+| a power cut spoils a plan, which is not synced, or its disk does | checked by its digest, and fetched again |
+| a power cut spoils the bundle's manifest | as if there were none: what is whole of the bundle is not fetched again |
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ class JoinedJob:
         self._turn = asyncio.Lock()
         self._last = time.monotonic()
         self._wanted: Counter[Path] = Counter()
+        self._sound: set[Path] = set()  # plans that this process has checked
         self._worker = WarmWorker(site, settings, directory)
 
     async def answer(self, connection: Connection, given: Assignment, told: Callable[[str], None]) -> Outcome:
@@ -120,7 +123,7 @@ class JoinedJob:
                     assert isinstance(found, messages.Inspected), found
                     return Outcome(inspected=Inspected(found.counts, found.labels))
                 return await self._perform(job, given, *plan, folder / UPDATE)
-        except PolicyError as error:
+        except (PolicyError, WireError) as error:
             return refused(error.message)
         except SiteError as error:
             return lost(error.message)
@@ -133,9 +136,10 @@ class JoinedJob:
         async with self._joining:
             path = self._directory / "bundle.zip"
             described = path.with_suffix(".manifest")
-            if described.exists() and Manifest.decode(await whole(described.read_bytes)).digest != given.bundle:
+            manifest = await whole(partial(_read_manifest, described))
+            if manifest is not None and manifest.digest != given.bundle:
                 raise PolicyError("The server gave this job another bundle than the one that it began with.")
-            if not (path.exists() and described.exists()):
+            if manifest is None or not path.exists():
                 await self._fetch(connection, given.bundle, path, await whole(self._other_bundles), durable=True)
             version = self._kit.roster().version
             if self._job is None:
@@ -148,8 +152,8 @@ class JoinedJob:
     def _other_bundles(self) -> list[tuple[Path, Manifest]]:
         found = []
         for described in self._directory.parent.glob("*/bundle.manifest"):
-            with contextlib.suppress(OSError, HansaError):  # that job may be leaving just now
-                found.append((described.with_suffix(".zip"), Manifest.decode(described.read_bytes())))
+            if (manifest := _read_manifest(described)) is not None:
+                found.append((described.with_suffix(".zip"), manifest))
         return found
 
     def _admitted(self, path: Path) -> bundles.Bundle:
@@ -183,15 +187,34 @@ class JoinedJob:
         return policy.localised(job, self._site, self._settings, self._kit.directory)
 
     async def _receive(self, connection: Connection, given: Assignment, job: Job) -> tuple[Path, Plan]:
-        """Return the plan's file and the plan; a large one's tensors stay in the file."""
+        """Return the plan's file and the plan; a large one's tensors stay in the file.
+
+        Raises:
+            PolicyError: the plan is not what it was announced as, or may not be carried out.
+            StorageError: the disk is full, or has damaged the plan; the next try fetches it again.
+        """
         path = self._plan_path(given)
-        if not path.exists():
-            if given.inline:
-                policy.check_size(len(given.inline), self._settings.policy)
-                await whole(lambda: _write(path, given.inline))
-            else:
-                await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
-        return path, await whole(lambda: self._opened(path, given, job))
+        if path not in self._sound or not path.exists():
+            if not await whole(partial(_is_whole, path, given)):
+                if given.inline:
+                    policy.check_size(len(given.inline), self._settings.policy)
+                    await whole(lambda: _write(path, given.inline))
+                else:
+                    await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
+            self._sound.add(path)
+        try:
+            plan = await whole(partial(wire.open_plan, path))
+        except WireError as error:
+            await self._check_disk(path, given)
+            raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
+        policy.check_plan(plan, job, given)
+        return path, plan
+
+    async def _check_disk(self, path: Path, given: Assignment) -> None:
+        """Raise StorageError if it was this disk that made a plan unreadable."""
+        self._sound.discard(path)
+        if not await whole(partial(_is_whole, path, given)):
+            raise StorageError(f"{path} was damaged on this disk; it is fetched again.")
 
     def _plan_path(self, given: Assignment) -> Path:
         return self._plans / f"{given.plan}.hansa"
@@ -213,33 +236,20 @@ class JoinedJob:
             raise SiteError(f"The server's file is damaged: {error.message}") from error
         except WireError as error:
             raise PolicyError(f"What the server sends was not accepted: {error.message}") from error
-        await whole(lambda: _write(path.with_suffix(".manifest"), manifest.encode()))
-
-    def _opened(self, path: Path, given: Assignment, job: Job) -> Plan:
-        try:
-            plan = wire.open_plan(path)
-        except StorageError:
-            raise
-        except HansaError as error:
-            path.unlink(missing_ok=True)
-            raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
-        policy.check_plan(plan, job, given)
-        return plan
+        write = storage.write_atomic if durable else _write
+        await whole(partial(write, path.with_suffix(".manifest"), manifest.encode()))
 
     def _other_plans(self) -> list[tuple[Path, Manifest]]:
         found = []
         for path in self._plans.glob("*.hansa"):
             with contextlib.suppress(OSError, HansaError):  # a damaged one is of no use
-                described = path.with_suffix(".manifest")
-                known = described.exists()
-                found.append(
-                    (path, Manifest.decode(described.read_bytes()) if known else describe(path, wire.cuts(path)))
-                )
+                found.append((path, _read_manifest(path.with_suffix(".manifest")) or describe(path, wire.cuts(path))))
         return found
 
     def _forget_plans(self, last: Path) -> None:
         """Delete the plans that nobody works on any more, but the last: it has what the next one may share."""
         wanted = {path.stem for path in (last, *self._wanted)}
+        self._sound = {path for path in self._sound if path.stem in wanted}
         for path in self._plans.iterdir():
             if path.name.partition(".")[0] not in wanted:
                 path.unlink(missing_ok=True)
@@ -256,6 +266,10 @@ class JoinedJob:
         try:
             async with asyncio.timeout(limit):
                 answer = await self._worker.ask(job, request)
+        except WireError as error:
+            await self._worker.rest()  # it keeps the last plan open
+            await self._check_disk(path, given)
+            raise PolicyError(error.message) from error
         except TimeoutError:
             raise PolicyError(f"The round took longer than the {limit:g} s that this site allows.") from None
         if isinstance(answer, Absent):
@@ -313,6 +327,25 @@ def _check_room(folder: Path, plan: Path) -> None:
     free, needed = shutil.disk_usage(folder).free, plan.stat().st_size + _SPARE_BYTES
     if free < needed:
         raise StorageError(f"An update needs up to {needed:,} bytes in {folder}, and {free:,} are free.")
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    """Return the manifest in a file; None where there is none, or a power cut has spoilt it."""
+    try:
+        return Manifest.decode(path.read_bytes())
+    except (OSError, WireError):
+        return None
+
+
+def _is_whole(path: Path, given: Assignment) -> bool:
+    """Say whether a plan is there as its server sent it; reads it once."""
+    try:
+        if given.inline:
+            return path.read_bytes() == given.inline
+        manifest = _read_manifest(path.with_suffix(".manifest"))
+        return manifest is not None and describe(path, manifest.offsets).digest == given.plan
+    except (OSError, StorageError):
+        return False
 
 
 def _write(path: Path, data: bytes) -> None:
