@@ -40,7 +40,8 @@ class Loopback:
     @contextlib.asynccontextmanager
     async def serving(self, **settings: Any) -> AsyncIterator[Running]:
         """Run the server, on the port that it had before."""
-        chosen = ServerSettings(**{"listen": f"127.0.0.1:{self.port}", "http": "off", **settings})
+        policy = {"signers": ["ana", "eve"]}
+        chosen = ServerSettings(**{"listen": f"127.0.0.1:{self.port}", "http": "off", "policy": policy, **settings})
         async with running(self.made.server, chosen) as server:
             self.port = server.port
             yield server

@@ -32,7 +32,7 @@ import json
 import os
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -43,7 +43,7 @@ import msgspec
 
 from hansa.core import config, storage
 from hansa.core.config import Job
-from hansa.errors import ChecksumError, HansaError, JobError, StorageError, VersionError, WireError
+from hansa.errors import ChecksumError, HansaError, JobError, PolicyError, StorageError, VersionError, WireError
 from hansa.pki.identity import Identity
 from hansa.pki.kit import Kit, verify
 from hansa.pki.roles import Permission, allowed
@@ -123,6 +123,80 @@ def _executing(value: Any, where: str = "") -> Iterator[str]:
         if key in _EXECUTES and inner:
             yield place
         yield from _executing(inner, place)
+
+
+def check_code(
+    code: Mapping[str, str],
+    signer: Identity,
+    signers: Collection[str],
+    installed: Mapping[str, Collection[str]],
+    place: str,
+) -> None:
+    """Refuse code that a site or server has not installed and named itself, unless it trusts the signer's.
+
+    Args:
+        code: as in :attr:`Bundle.code`.
+        signer: who signed the job.
+        signers: whose own code may run.
+        installed: strategy, filters, workflow, partition, recipe -> what anyone's job may name there.
+        place: whose decision it is: ``site`` or ``server``.
+
+    Raises:
+        PolicyError: what the job brings, and whose code may run.
+    """
+    if signer.name in signers:
+        return
+    for where, what in code.items():
+        if what not in installed.get(where.partition(".")[0], ()):
+            raise PolicyError(
+                f"The job brings code of its own ({where}: {what[:80]!r}), signed by {signer.name!r}. This {place} "
+                f"runs code of: {', '.join(signers) or 'nobody'} (policy.signers in {place}.toml)."
+            )
+
+
+def localised_model(
+    job: Job, models: Mapping[str, str], directory: Path, place: str, *, any_path: bool
+) -> config.ModelSection:
+    """Return the job's model section with own folders in place of names that are known, and no path out of the job's.
+
+    Args:
+        job: the signed job.
+        models: what a job calls a model -> the folder where it lies here.
+        directory: what relative paths in ``models`` are relative to.
+        place: whose disk it is: ``site`` or ``server``.
+        any_path: whether the job may name any path.
+
+    Raises:
+        PolicyError: the job names a path that is not its own.
+    """
+    changes: dict[str, str] = {}
+    for key in ("base", "tokenizer", "factory"):
+        name = getattr(job.model, key)
+        if name is None:
+            continue
+        if key != "factory" and name in models:
+            changes[key] = in_folder(models[name], directory)
+        elif not any_path:
+            _check_inside(f"model.{key}", name, models, place)
+    script = job.recipe.options.get("path") if job.recipe.name == "script" else None
+    if isinstance(script, str) and not any_path:
+        _check_inside("recipe.path", script, (), place)
+    return job.model.model_copy(update=changes)
+
+
+def _check_inside(key: str, name: str, known: Iterable[str], place: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or name.startswith("~"):
+        raise PolicyError(
+            f"{key} is {name[:100]!r}, a path on this {place}'s disk. Let it travel with the job (files), or name one "
+            f"of the {place}'s models: {', '.join(sorted(known)) or 'none'}."
+        )
+
+
+def in_folder(path: str, directory: Path) -> str:
+    """Return a path of a settings file, which lies in ``directory``, as an absolute one."""
+    found = Path(path).expanduser()
+    return str(found if found.is_absolute() else (directory / found).absolute())
 
 
 def unsigned(job: Job, signer: Identity) -> Bundle:

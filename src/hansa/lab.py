@@ -137,13 +137,16 @@ class Lab:
         self.names = (SERVER, *sites)
         self.address = ""
         self.federation: Federation
-        self._settings = settings
+        chosen = (job.strategy, job.workflow, *job.filters)
+        named = sorted({choice.name for choice in chosen if ":" in choice.name})
+        policy = {"signers": [LEAD], "modules": named, "job_paths": True}
+        self._settings = {"policy": policy, **settings}
         self._keep = keep
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         pki.provision(directory, "lab", f"127.0.0.1:{pki.DEFAULT_PORT}", sites, [LEAD])
         self._states.mkdir()
         self._life: tuple[int, int] | None = None if keep else os.pipe()
-        self._write(directory / SERVER / "server.toml", {"listen": "127.0.0.1:0", "http": "off", **settings})
+        self._write(directory / SERVER / "server.toml", {"listen": "127.0.0.1:0", "http": "off", **self._settings})
 
     def __enter__(self) -> Lab:
         self.federation = Federation(self.user).__enter__()

@@ -28,13 +28,16 @@ from pathlib import Path
 
 import msgspec
 
+from hansa import bundle as bundles
 from hansa.core import storage
 from hansa.core.config import Job
 from hansa.core.ports import Reply
 from hansa.core.values import Absence, Plan, RoundRecord
 from hansa.errors import HansaError, InterruptedRunError, JobError, StorageError
+from hansa.pki.kit import Kit
 from hansa.runs import carrier
 from hansa.runs.run import Run
+from hansa.server import policy
 from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
 from hansa.server.desk import Desk
@@ -67,7 +70,7 @@ class Jobs:
         store, blobs: what is durable.
         desk: the doorbells.
         metrics: what is counted.
-        members: returns the names of the federation's sites.
+        kit: the federation's roster, which says whose jobs may go on.
     """
 
     def __init__(
@@ -78,8 +81,9 @@ class Jobs:
         blobs: Blobs,
         desk: Desk,
         metrics: Metrics,
-        members: Callable[[], Sequence[str]],
+        kit: Kit,
     ) -> None:
+        self._home = directory
         self.directory = directory / "jobs"
         self.directory.mkdir(parents=True, exist_ok=True)
         self._settings = settings
@@ -87,7 +91,7 @@ class Jobs:
         self._blobs = blobs
         self._desk = desk
         self._metrics = metrics
-        self._members = members
+        self._kit = kit
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._running: dict[str, _Running] = {}
@@ -154,8 +158,10 @@ class Jobs:
         return f"jobs/{id}"
 
     def sites_of(self, id: str) -> list[str]:
-        """Return the sites that take part in a job."""
-        return sorted(self.job_of(id).cohort.sites or self._members())
+        """Return the sites that take part in a job: those of the moment at which it was taken in."""
+        sites = self.job_of(id).cohort.sites
+        assert sites is not None, "written down when the job was taken in"
+        return sorted(sites)
 
     def job_of(self, id: str) -> Job:
         """Return a job as it was signed, its files in place."""
@@ -186,12 +192,13 @@ class Jobs:
         """Bring one job to its end, in its own loop."""
         run = Run(self.folder(id))
         sites = self.sites_of(id)
-        job = at_server(run.job, sites)
+        policy.decide(bundles.read(run.directory / "bundle.zip", self._kit.roster()), self._settings, self._home)
+        job = policy.at_server(run.job, sites, self._settings, self._home)
         notes = _Notes(self, self._store, self._blobs, self._metrics, id)
         compute = self._settings.compute
 
         def engine(work: Path) -> Remote:
-            beside = Compute(job, work / "compute", compute.threads, compute.environment)
+            beside = Compute(job, work / "compute", compute.environment, self._settings.max_model_bytes)
             return Remote(id, job, work, sites, beside, self._store, self._blobs, self._desk, self._settings.lease_s)
 
         failing, pause, rounds = math.inf, 1.0, -1
@@ -342,14 +349,6 @@ def _size(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # updates come and go
             total += path.stat().st_size
     return total
-
-
-def at_server(job: Job, sites: Sequence[str]) -> Job:
-    """Return the job as the worker beside the server builds it: it names every site and has nobody's data."""
-    changes: dict[str, object] = {"partition": None}
-    if job.data is not None:
-        changes["data"] = job.data.model_copy(update={"train": dict.fromkeys(sites, "not-here"), "test": None})
-    return job.model_copy(update=changes)
 
 
 def publish_results(directory: Path) -> dict[str, tuple[str, int]]:

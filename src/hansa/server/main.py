@@ -14,7 +14,7 @@ from hansa.server.blobs import open_blobs
 from hansa.server.desk import Desk
 from hansa.server.http import Metrics, Watch
 from hansa.server.jobs import Jobs
-from hansa.server.service import Service, members
+from hansa.server.service import Service
 from hansa.server.settings import ServerSettings
 from hansa.server.store import Store
 from hansa.transport.server import serve
@@ -52,7 +52,7 @@ async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Ru
         blobs = open_blobs(settings, directory)
         desk = Desk()
         metrics = Metrics(store.count_jobs, lambda: desk.connected(settings.lease_s))
-        jobs = Jobs(directory, settings, store, blobs, desk, metrics, lambda: members(kit))
+        jobs = Jobs(directory, settings, store, blobs, desk, metrics, kit)
         service = Service(directory, kit, settings, store, blobs, desk, jobs, metrics)
         host, port = settings.listen_address
         server = await serve(service, kit, host, port, stall_s=settings.stall_s)

@@ -30,6 +30,7 @@ from hansa.pki.identity import Identity, Role
 from hansa.pki.kit import Kit
 from hansa.pki.roles import Permission, allowed
 from hansa.runs.run import Run, create
+from hansa.server import policy
 from hansa.server.blobs import Blobs
 from hansa.server.desk import Desk
 from hansa.server.http import Metrics
@@ -108,6 +109,7 @@ class Service:
         jobs: Jobs,
         metrics: Metrics,
     ) -> None:
+        self._home = directory
         self._incoming = directory / "incoming"
         self._incoming.mkdir(exist_ok=True)
         self._kit = kit
@@ -418,6 +420,7 @@ class Service:
         age = (datetime.now(UTC) - bundle.created).total_seconds()
         if abs(age) > FRESH_S:
             raise AccessError(f"The bundle was signed {age:.0f} s ago; sign it anew and submit it at once.")
+        policy.decide(bundle, self._settings, self._home)
         known = members(self._kit)
         unknown = sorted(set(bundle.job.cohort.sites or ()) - set(known))
         if unknown:
@@ -429,7 +432,8 @@ class Service:
         directory = create(bundle.job.model_copy(update={"output": output}))
         try:
             job = bundles.unpack(path, bundle, directory / "files")
-            document = job.model_copy(update={"output": output})
+            cohort = job.cohort.model_copy(update={"sites": sorted(job.cohort.sites or known)})
+            document = job.model_copy(update={"output": output, "cohort": cohort})
             storage.write_atomic(directory / "job.json", document.to_json().encode())
             size = path.stat().st_size
             path.replace(directory / "bundle.zip")

@@ -78,8 +78,27 @@ class Quota(Section):
 class Compute(Section):
     """The process beside the server that loads models: it starts them off, exports them and sums metrics up."""
 
-    threads: Annotated[int, Field(gt=0)] | None = Field(None, description="CPU threads; the job's by default.")
+    threads: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="CPU threads that a job may compute with; one with more is refused, for they are part of it."
+    )
     environment: dict[str, str] = Field(default_factory=dict, description="Variables that are set for it.")
+
+
+class Policy(Section):
+    """Whose code runs beside the server, as its user. What only sites run is theirs to decide."""
+
+    signers: list[str] = Field(
+        default_factory=list,
+        description="Whose own code (scripts, recipes, pickles) may run beside the server: names of people.",
+    )
+    modules: list[str] = Field(
+        default_factory=list,
+        description="module:attribute of strategies, filters, workflows and recipes, installed here, that anyone's "
+        "job may name.",
+    )
+    job_paths: bool = Field(
+        False, description="Use the paths of models that jobs name. For laboratories: all lies on this machine."
+    )
 
 
 class ServerSettings(Section):
@@ -104,6 +123,10 @@ class ServerSettings(Section):
     quota: Quota = Quota()
     log_format: Literal["console", "json"] = Field("console", description="console, or json: one object a line.")
     compute: Compute = Compute()
+    policy: Policy = Policy()
+    models: dict[str, str] = Field(
+        default_factory=dict, description="A job's model.base or model.tokenizer -> the folder where it lies here."
+    )
 
     @property
     def listen_address(self) -> tuple[str, int]:
@@ -162,10 +185,14 @@ _EXAMPLES = {
     "bytes": 1 << 38,
     "threads": 4,
     "environment": '{ CUDA_VISIBLE_DEVICES = "0" }',
+    "models": '{ "Qwen/Qwen3-0.6B" = "/models/qwen3-0.6b" }',
 }
 """What settings without a default may look like."""
 
+_TABLES = ("environment", "models")
+"""Settings whose example is TOML already."""
+
 
 def _line(name: str, field: pydantic.fields.FieldInfo) -> str:
-    example = _EXAMPLES.get(name, field.default)
-    return f"# {field.description}\n#{name} = {example if name == 'environment' else json.dumps(example)}\n"
+    example = _EXAMPLES.get(name, field.get_default(call_default_factory=True))
+    return f"# {field.description}\n#{name} = {example if name in _TABLES else json.dumps(example)}\n"

@@ -19,13 +19,13 @@ code at a site (``signers``) can put anything into an update's numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from hansa import registry
-from hansa.bundle import Bundle
+from hansa.bundle import Bundle, check_code, in_folder, localised_model
 from hansa.core import tree as trees
 from hansa.core import wire
 from hansa.core.config import Job
@@ -34,6 +34,8 @@ from hansa.errors import HansaError, PolicyError, nearest
 from hansa.site.settings import DataPaths, Policy, SiteSettings
 from hansa.transport.messages import Assignment
 from hansa.workers.runner import num_threads
+
+PLACE = "site"
 
 SCHEME = "site:"
 """How ``data.train`` of a job begins when it names what each site calls its data."""
@@ -56,7 +58,9 @@ def decide(bundle: Bundle, site: str, settings: SiteSettings) -> None:
         raise PolicyError(
             f"Recipe {job.recipe.name!r} is not allowed at this site; it allows: {', '.join(recipes) or 'none'}."
         )
-    _check_code(bundle, policy)
+    installed = dict.fromkeys(("strategy", "workflow", "partition", "filters"), policy.modules)
+    own = [name for name in policy.recipes or () if name != "script"]
+    check_code(bundle.code, bundle.signer, policy.signers, {**installed, "recipe": own}, PLACE)
     if policy.max_rounds is not None and job.rounds > policy.max_rounds:
         raise PolicyError(f"The job has {job.rounds} rounds; this site allows {policy.max_rounds}.")
     threads, cpus = num_threads(job.engine, site), settings.resources.cpus
@@ -68,22 +72,6 @@ def decide(bundle: Bundle, site: str, settings: SiteSettings) -> None:
     _require_filters(job, policy)
     if policy.plugin is not None:
         _ask_plugin(policy.plugin, bundle)
-
-
-def _check_code(bundle: Bundle, policy: Policy) -> None:
-    """Refuse code that the site has not installed and named itself, unless it trusts the signer's."""
-    if bundle.signer.name in policy.signers:
-        return
-    allowed = {"recipe": set(policy.recipes or ()) - {"script"}}
-    for where, what in bundle.code.items():
-        family = where.partition(".")[0]
-        installed = family in ("recipe", "strategy", "workflow", "partition", "filters")
-        if installed and what in allowed.get(family, set(policy.modules)):
-            continue
-        raise PolicyError(
-            f"The job brings code of its own ({where}: {what[:80]!r}), signed by {bundle.signer.name!r}. This site "
-            f"runs code of: {', '.join(policy.signers) or 'nobody'} (policy.signers in site.toml)."
-        )
 
 
 def _require_filters(job: Job, policy: Policy) -> None:
@@ -225,13 +213,15 @@ def localised(job: Job, site: str, settings: SiteSettings, directory: Path) -> J
     Raises:
         PolicyError: the site has no data of that name, or the job names a path of its own.
     """
-    changes: dict[str, object] = {"model": _model(job, settings, directory)}
+    changes: dict[str, object] = {
+        "model": localised_model(job, settings.models, directory, PLACE, any_path=settings.policy.job_paths)
+    }
     if job.data is not None and not settings.policy.job_paths:
         train = _data("data.train", job.data.train, settings)
         test = train.test if job.data.test is None else _data("data.test", job.data.test, settings).train
         values = job.data.model_dump()
-        values["train"] = {site: _absolute(train.train, directory)}
-        values["test"] = None if test is None else {site: _absolute(test, directory)}
+        values["train"] = {site: in_folder(train.train, directory)}
+        values["test"] = None if test is None else {site: in_folder(test, directory)}
         changes |= {"data": type(job.data)(**values), "partition": None}
     return job.model_copy(update=changes)
 
@@ -249,34 +239,3 @@ def _data(key: str, name: object, settings: SiteSettings) -> DataPaths:
             f"This site has no data called {name!r}; it has: {', '.join(known) or 'none'}.{nearest(name, known)}"
         )
     return settings.data[name]
-
-
-def _model(job: Job, settings: SiteSettings, directory: Path) -> object:
-    """Return the model section with the site's folders in place of names it knows, and no path out of the job's."""
-    changes: dict[str, str] = {}
-    for key in ("base", "tokenizer", "factory"):
-        name = getattr(job.model, key)
-        if name is None:
-            continue
-        if key != "factory" and name in settings.models:
-            changes[key] = _absolute(settings.models[name], directory)
-        elif not settings.policy.job_paths:
-            _check_inside(f"model.{key}", name, settings.models)
-    script = job.recipe.options.get("path") if job.recipe.name == "script" else None
-    if isinstance(script, str) and not settings.policy.job_paths:
-        _check_inside("recipe.path", script, ())
-    return job.model.model_copy(update=changes)
-
-
-def _check_inside(key: str, name: str, known: Iterable[str]) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or name.startswith("~"):
-        raise PolicyError(
-            f"{key} is {name[:100]!r}, a path on this site's disk. Let it travel with the job (files), or name one of "
-            f"the site's models: {', '.join(sorted(known)) or 'none'}."
-        )
-
-
-def _absolute(path: str, directory: Path) -> str:
-    found = Path(path).expanduser()
-    return str(found if found.is_absolute() else (directory / found).absolute())
