@@ -17,7 +17,7 @@ import pytest
 
 from hansa.errors import AccessError, ChecksumError, JobError, StorageError, UnreachableError, WireError
 from hansa.pki.identity import Identity
-from hansa.transport import messages, protocol
+from hansa.transport import client, messages, protocol
 from hansa.transport.client import Connection
 from hansa.transport.messages import Get, Offer
 from hansa.transport.pieces import PIECE_BYTES, Incoming, Manifest, describe
@@ -300,6 +300,62 @@ async def test_an_upload_that_the_handler_refuses(dial: Dial, depot: Depot, file
     assert met.value.site == "riga"
 
 
+async def test_an_upload_is_refused_before_its_manifest_is_read(dial: Dial, depot: Depot) -> None:
+    async def refuse(caller: Identity, offer: Offer) -> Destination | None:
+        raise AccessError("This task is not yours.", site=caller.name)
+
+    depot.offered = refuse  # type: ignore[method-assign]
+    async with dial() as connection:
+        with pytest.raises(AccessError, match="This task is not yours"):
+            await spoken(connection, [Offer("j", "t", "0" * 64, 1 << 20)])
+
+
+async def test_a_manifest_longer_than_the_file_allows(dial: Dial, depot: Depot, file: Path) -> None:
+    depot.max_manifest_bytes = 100
+    async with dial() as connection:
+        with pytest.raises(WireError, match="100 are accepted"):
+            await connection.upload("j", "t", file, describe(file))
+    assert list(depot.folder.iterdir()) == []
+
+
+async def test_a_piece_that_is_repeated_counts_each_time(dial: Dial, depot: Depot, file: Path) -> None:
+    depot.max_bytes = 10 * PIECE_BYTES
+    manifest = Manifest((describe(file).pieces[0],) * 11)
+    async with dial() as connection:
+        with pytest.raises(WireError, match="are accepted"):
+            await connection.upload("j", "t", file, manifest)
+    assert list(depot.folder.iterdir()) == []
+
+
+async def test_nobody_waits_for_a_file_that_is_being_opened(
+    dial: Dial, depot: Depot, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who leaves while the server looks at what it has already leaves no open file behind."""
+    begun, go, closed = asyncio.Event(), threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    take, close = Incoming._take, Incoming.close
+
+    def slow(self: Incoming, path: Path, manifest: Manifest) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        go.wait(60)
+        take(self, path, manifest)
+
+    def noted(self: Incoming) -> None:
+        close(self)
+        loop.call_soon_threadsafe(closed.set)
+
+    monkeypatch.setattr(Incoming, "_take", slow)
+    monkeypatch.setattr(Incoming, "close", noted)
+    async with dial() as connection:
+        sending = asyncio.create_task(connection.upload("j", "t", file, describe(file)))
+        await begun.wait()
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    go.set()
+    await asyncio.wait_for(closed.wait(), 60)
+    assert depot.stored == []
+
+
 HOSTILE = {
     "a manifest of another digest": [Offer("j", "t", "0" * 64, 4), b"HPM1"],
     "a manifest that is none": [Offer("j", "t", "0" * 64, 4), b"HPMX"],
@@ -343,12 +399,38 @@ async def spoken(
             pass
 
 
-@pytest.mark.parametrize("ranges", [[(0, 1 << 40)], [(5, 5)], [(3, 2)], [(0, 1), (100, 101)]])
+@pytest.mark.parametrize(
+    "ranges", [[(0, 1 << 40)], [(5, 5)], [(3, 2)], [(0, 1), (100, 101)], [(0, 2), (1, 3)], [(4, 5), (0, 1)]]
+)
 async def test_pieces_that_are_not_there(dial: Dial, depot: Depot, file: Path, ranges: list[tuple[int, int]]) -> None:
     manifest = depot.put(file)
     async with dial() as connection:
         with pytest.raises(WireError, match="There are no pieces"):
             await spoken(connection, [protocol.encode(Get("j", manifest.digest, ranges))], "Download")
+    assert depot.num_bytes_sent == 0
+
+
+async def test_more_ranges_than_a_message_may_have(dial: Dial, depot: Depot) -> None:
+    ranges = [(2 * index, 2 * index + 1) for index in range(messages.MAX_RANGES + 1)]
+    async with dial() as connection:
+        with pytest.raises(WireError, match="This is no Get message"):
+            await spoken(connection, [protocol.encode(Get("j", "0" * 64, ranges))], "Download")
+
+
+async def test_many_gaps_are_asked_for_in_turn(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_RANGES", 5)
+    data = bytearray(file.read_bytes())
+    for index in range(0, PIECES, 2):
+        data[index * PIECE_BYTES] ^= 1
+    (tmp_path / "next").write_bytes(data)
+    old, manifest = describe(file), depot.put(tmp_path / "next")
+    async with dial() as connection:
+        await connection.download("j", manifest.digest, tmp_path / "back", donors=[(file, old)])
+    assert (tmp_path / "back").read_bytes() == data
+    assert asked(depot.gets) == [5, 5, 2]
+    assert depot.num_bytes_sent == 12 * PIECE_BYTES
 
 
 # Memory
