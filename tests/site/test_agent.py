@@ -20,6 +20,7 @@ import pytest
 
 import toys
 from federations import Loopback, loopback
+from hansa.bundle import pack
 from hansa.core import wire
 from hansa.core.config import Job
 from hansa.core.values import Plan
@@ -31,7 +32,8 @@ from hansa.server.service import Service
 from hansa.site import agent as agents
 from hansa.site import joined
 from hansa.site.outbox import Outbox, Outcome
-from hansa.transport.messages import AbortJob, Answer, Assignment, DeleteJob, Poll
+from hansa.transport.messages import AbortJob, Agenda, Answer, Assignment, DeleteJob, Poll
+from hansa.transport.pieces import describe
 from relay import relay
 from shell import environment
 
@@ -423,7 +425,9 @@ async def test_a_task_that_is_withdrawn_while_it_waits_spares_the_worker(tmp_pat
         from hansa.site.settings import load
 
         worker_asked = asyncio.Event()
-        held = joined.JoinedJob("id", "s0", Kit(lab.site("s0")), load(lab.site("s0") / "site.toml"), tmp_path / "job")
+        held = joined.JoinedJob(
+            "id", "s0", Kit(lab.site("s0")), load(lab.site("s0") / "site.toml"), tmp_path / "job", tmp_path
+        )
 
         async def ask(job, request):
             worker_asked.set()
@@ -769,6 +773,56 @@ async def test_a_plan_that_is_damaged_while_it_is_needed(tmp_path, monkeypatch):
         view = await lab.run(job(tmp_path, rounds=1, recipe={"size": LARGE, "varied": True}))
     assert view.line.state == "finished", view.line.error
     assert tries[0] == tries[1]
+
+
+async def test_one_signed_job_under_many_ids(tmp_path, monkeypatch):
+    """A server offers what was signed once as many jobs: one is taken up, for good."""
+    refusals: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    ids = [f"forged-{i}" for i in range(4)]
+
+    def take(self, site, said):
+        reason = said.missing.reason if said.missing else ""
+        loop.call_soon_threadsafe(refusals.put_nowait, (said.job, reason))
+        raise StorageError("not now")
+
+    async with loopback(tmp_path) as lab:
+        path = tmp_path / "bundle.zip"
+        manifest = describe(path, pack(job(tmp_path), path, Kit(lab.made.users["ana"])))
+        given = [Assignment(f"t-{id}", id, manifest.digest, "inspect", "toy", 0, "", b"") for id in ids]
+        monkeypatch.setattr(Service, "_agenda", lambda self, site, have: Agenda(1, ids, given))
+        monkeypatch.setattr(Service, "_source", lambda self, caller, asked: (path, manifest))
+        monkeypatch.setattr(Service, "_take", take)
+        for _ in range(2):  # the second time after a restart
+            found: dict[str, str] = {}
+            await lab.start("s0")
+            async with asyncio.timeout(60):
+                while len(found) < len(ids):
+                    id, reason = await refusals.get()
+                    found[id] = reason
+            await lab.stop("s0")
+            assert sum("this site knows it as forged" in reason for reason in found.values()) == len(ids) - 1
+        assert len(list((lab.site("s0") / "work" / "history").iterdir())) == 1
+
+
+async def test_no_more_jobs_at_once_than_the_site_allows(tmp_path, monkeypatch):
+    """The others wait until it is over."""
+    most = 0
+    real = joined.JoinedJob._perform
+
+    async def perform(self, *args):
+        nonlocal most
+        most = max(most, len(workers_of(lab.site("s0"))))
+        return await real(self, *args)
+
+    monkeypatch.setattr(joined.JoinedJob, "_perform", perform)
+    async with loopback(tmp_path, lease_s=1) as lab, lab.lead() as lead:
+        lab.write("s0", max_jobs=1)
+        await lab.start("s0")
+        submitted = [await lead.submit(job(tmp_path, rounds=2, recipe={"delay_s": 0.01})) for _ in range(2)]
+        for id in submitted:
+            assert (await lead.wait(id)).line.state == "finished"
+    assert most == 1
 
 
 async def test_no_server_is_waited_for(tmp_path):

@@ -16,6 +16,7 @@ or an agent that was killed goes on from what is on disk.
 | the disk is full when a round is done | the update is kept until there is room: nothing is retrained |
 | a defect in one task | its answer is ``lost``, with the reason; the agent's log has the traceback |
 | a task or job leaves the agenda and comes back at once | begun again when what it left behind has ended |
+| more jobs than ``policy.max_jobs`` | those that came last wait until another is over, or at rest |
 | the same agenda again and again | asked for ever more slowly |
 | a name that would lead out of the site's folder | that assignment is not taken up |
 | the certificate was revoked or has expired | AccessError: the agent ends, and says what to do |
@@ -124,6 +125,7 @@ class Agent:
         self._settings: SiteSettings = load(directory / FILE)
         self.site = self._kit.identity.name
         self._jobs_folder = jobs_folder(directory)
+        self._histories = directory / WORK / "history"
         self._jobs: dict[str, JoinedJob] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._doing: dict[str, _Doing] = {}
@@ -285,6 +287,11 @@ class Agent:
         await whole(partial(self._sweep, jobs, {*wanted, *self._doing}))
 
     def _begin(self, connection: Connection, given: Assignment) -> None:
+        warm = {id for id, job in self._jobs.items() if job.warm}
+        at_work = warm | {doing.job for doing in self._doing.values()} | self._leaving.keys()
+        if given.job not in at_work and len(at_work) >= self._settings.policy.max_jobs:
+            _LOG.info("Job %s waits: %d jobs are at work here. (site.toml: policy.max_jobs)", given.job, len(at_work))
+            return
         try:
             job = self._joined(given.job)
         except StorageError as error:  # asked for again with the next agenda
@@ -304,7 +311,9 @@ class Agent:
 
     def _joined(self, id: str) -> JoinedJob:
         if id not in self._jobs:
-            self._jobs[id] = JoinedJob(id, self.site, self._kit, self._settings, self._jobs_folder / id)
+            self._jobs[id] = JoinedJob(
+                id, self.site, self._kit, self._settings, self._jobs_folder / id, self._histories
+            )
         return self._jobs[id]
 
     async def _leave(self, id: str, job: JoinedJob) -> None:

@@ -16,6 +16,7 @@
 | a task is withdrawn while it is worked on | the worker ends; what another task needs is started anew |
 | the roster changes | the signature is checked again before the next task: a revoked signer's job is refused |
 | the server changes its mind about what was signed | ``refused``: a job has one bundle |
+| another plan for a round that was answered; the signed job under another id | ``refused`` (`hansa.site.history`) |
 | no task comes for ``IDLE_S`` | the worker ends; the next task starts another |
 | another job brought the same files | they are taken from its bundle instead of fetched |
 | a power cut spoils a plan, which is not synced, or its disk does | checked by its digest, and fetched again |
@@ -41,6 +42,7 @@ from hansa.errors import ChecksumError, HansaError, PolicyError, SiteError, Stor
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
 from hansa.site import policy
+from hansa.site.history import History
 from hansa.site.outbox import UPDATE, Outbox, Outcome
 from hansa.site.settings import SiteSettings
 from hansa.site.warm import WarmWorker, whole
@@ -70,12 +72,13 @@ class JoinedJob:
         kit: who the site is and whom it trusts.
         settings: what it allows.
         directory: the job's folder here.
+        histories: the folder of what outlives jobs.
 
     Raises:
         StorageError: the folder can't be made.
     """
 
-    def __init__(self, id: str, site: str, kit: Kit, settings: SiteSettings, directory: Path) -> None:
+    def __init__(self, id: str, site: str, kit: Kit, settings: SiteSettings, directory: Path, histories: Path) -> None:
         self.id = id
         self._site = site
         self._kit = kit
@@ -88,6 +91,8 @@ class JoinedJob:
             self.outbox = Outbox(directory / "outbox")
         except OSError as error:
             raise storage.full(directory, error) from error
+        self._histories = histories
+        self._history: History | None = None
         self._job: Job | None = None
         self._admitted_by = -1
         self._joining = asyncio.Lock()
@@ -175,6 +180,7 @@ class JoinedJob:
     def _unpacked(self, path: Path) -> Job:
         """Return an admitted bundle's job as this site runs it, its files in place."""
         bundle = self._admitted(path)
+        self._history = History(self._histories, bundle, self.id)
         files = self._directory / "files"
         shutil.rmtree(files, ignore_errors=True)
         try:
@@ -255,6 +261,8 @@ class JoinedJob:
                 path.unlink(missing_ok=True)
 
     async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
+        assert self._history is not None, "the job was joined"
+        self._history.check(given)
         form = course_form(job, given.course, given.kind, self._site)
         await whole(lambda: self._forget_plans(path))
         _check_room(out.parent, path)
@@ -288,7 +296,13 @@ class JoinedJob:
             )
             await whole(partial(wire.spool, empty, out))
         await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
+        await whole(partial(self._history.note, given))
         return Outcome()
+
+    @property
+    def warm(self) -> bool:
+        """Whether the job has a worker process."""
+        return self._worker.alive
 
     async def rest(self) -> None:
         """Give memory back if there has been no task for ``IDLE_S``: the job may have been aborted, or it is slow."""

@@ -42,6 +42,9 @@ class Policy(Section):
     max_model_bytes: Bytes | None = Field(None, description="The largest model, and the largest bundle, in bytes.")
     max_task_s: Annotated[float, Field(gt=0)] | None = Field(None, description="Seconds that one round may work.")
     max_rounds: Annotated[int, Field(gt=0)] | None = Field(None, description="Rounds that a job may have.")
+    max_jobs: Annotated[int, Field(gt=0)] = Field(
+        16, description="Jobs that may be at work here at once, a worker process each; others wait."
+    )
     require_filters: dict[str, dict[str, float]] = Field(
         default_factory=dict,
         description="Filters that a job must have, and upper bounds of their options: { clip = { max_norm = 1.0 } }.",

@@ -52,6 +52,11 @@ class WarmWorker:
         self._closed = False
         self._worker: Worker | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process."""
+        return self._worker is not None and self._worker.serving is not None and not self._worker.serving.done()
+
     async def ask(self, job: Job, request: Callable[[int, int], Work]) -> Answer:
         """Ask the worker; when it dies of it, ask a new one. A worker whose task is withdrawn ends.
 
