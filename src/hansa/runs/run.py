@@ -166,9 +166,14 @@ def create(job: Job) -> Path:
                 number += 1
     except OSError as error:
         raise StorageError(f"Can't create a run in {folder}: {error.strerror}. Set output.dir.") from error
-    storage.write_atomic(directory / "job.json", job.to_json().encode())
-    _write_status(directory, state="running", started=now())
+    describe(directory, directory.name, job)
     return directory
+
+
+def describe(directory: Path, id: str, job: Job) -> None:
+    """Make the folder ``directory`` that of a new run of ``job`` (StorageError)."""
+    storage.write_atomic(directory / "job.json", job.to_json().encode())
+    _write_status(directory, id=id, state="running", started=now())
 
 
 def resume_from(job: Job, resume: bool | str) -> Path:

@@ -11,6 +11,8 @@ A job is a run folder, exactly as ``hansa run`` makes one, so a killed server go
 |---|---|
 | the server is killed or stopped | jobs that were running go on when it starts again |
 | the disk is full | tried again with growing pauses for ``PATIENCE_S``, then failed; ``hansa job resume`` goes on |
+| killed while a job is taken in | before its row is there, nothing of it stays; after it, its folder is put in place |
+| a folder in jobs/ that the database does not know | left as it is, and said in the log; its name is not given again |
 | a defect in one job | that job fails with its traceback in the log; others go on |
 """
 
@@ -85,7 +87,8 @@ class Jobs:
     ) -> None:
         self._home = directory
         self.directory = directory / "jobs"
-        self.directory.mkdir(parents=True, exist_ok=True)
+        for folder in (self.directory, directory / "incoming"):
+            folder.mkdir(parents=True, exist_ok=True)
         self._settings = settings
         self._store = store
         self._blobs = blobs
@@ -96,16 +99,58 @@ class Jobs:
         self._wake = asyncio.Event()
         self._running: dict[str, _Running] = {}
         self._signed: dict[str, Job] = {}
+        self._placing = threading.Lock()
         self.stopping = threading.Event()
+
+    def new_id(self, name: str) -> str:
+        """Return an id that no job has had, and that no folder is called by: this database may not know of it."""
+        while self.folder(id := self._store.next_id(name)).exists():
+            pass
+        return id
+
+    def staged(self, id: str) -> Path:
+        """Return where a job's folder waits, whole and durable, for the job to be in the database."""
+        return self._home / "incoming" / id
+
+    def place(self, id: str) -> None:
+        """Bring the folder of a job that is in the database to its place; done already, it changes nothing."""
+        staged, folder = self.staged(id), self.folder(id)
+        with self._placing:
+            if not staged.exists():
+                return
+            try:
+                staged.rename(folder)
+                storage.sync_directory(folder.parent)
+                storage.sync_directory(staged.parent)
+            except OSError as error:
+                raise storage.full(folder, error) from error
+            self._blobs.mirror(self.key(id))
+
+    def recover(self) -> None:
+        """Bring back what a crash has cut short, or this disk has lost; called before the server listens.
+
+        Raises:
+            StorageError: the disk or the blob store can't be used.
+        """
+        known = {row.id for row in self._store.jobs()}
+        for id in known:
+            self.place(id)
+            self._blobs.restore(self.key(id))
+        for path in (self._home / "incoming").iterdir():
+            if path.is_dir():  # a submission that never became a job
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.iterdir():
+            if path.name not in known and not path.name.startswith("."):
+                _LOG.warning(
+                    "%s is of no job in the database; it is left as it is. Delete it if nobody needs it.", path
+                )
+
+    def forget(self, id: str) -> None:
+        """Forget a job that is deleted."""
+        self._signed.pop(id, None)
 
     async def run(self) -> None:
         """Carry out what is queued, and first what was running when the server ended, until cancelled."""
-        known = {row.id for row in self._store.jobs()}
-        for path in self.directory.iterdir():  # made for a submission that never became a job
-            if path.name not in known:
-                shutil.rmtree(path, ignore_errors=True)
-        for row in self._store.jobs():
-            await asyncio.to_thread(self._blobs.restore, self.key(row.id))
         for row in self._store.jobs(state="running"):
             self._start(row.id)
         try:
@@ -190,6 +235,7 @@ class Jobs:
 
     async def carry_out(self, id: str) -> None:
         """Bring one job to its end, in its own loop."""
+        await asyncio.to_thread(self.place, id)
         run = Run(self.folder(id))
         sites = self.sites_of(id)
         policy.decide(bundles.read(run.directory / "bundle.zip", self._kit.roster()), self._settings, self._home)

@@ -53,6 +53,7 @@ async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Ru
         desk = Desk()
         metrics = Metrics(store.count_jobs, lambda: desk.connected(settings.lease_s))
         jobs = Jobs(directory, settings, store, blobs, desk, metrics, kit)
+        await asyncio.to_thread(jobs.recover)
         service = Service(directory, kit, settings, store, blobs, desk, jobs, metrics)
         host, port = settings.listen_address
         server = await serve(service, kit, host, port, stall_s=settings.stall_s)

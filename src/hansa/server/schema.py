@@ -4,6 +4,7 @@
     jobs ──< tasks    what sites were asked and what they answered
        ├───< leavers  sites that take no part in a job any more
        └───< events   a job's log
+    numbers           the last that a job of each name was given
     sites             when each was last heard from
     audits            who did what; rows are only ever added
     owner             the server that may write (one row)
@@ -30,7 +31,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration; a database that stands at it needs none."""
 
 metadata = MetaData(
@@ -128,6 +129,13 @@ events = Table(
     Column("text", Text, nullable=False),
     Index(None, "job", "number"),
     sqlite_autoincrement=True,
+)
+
+numbers = Table(
+    "numbers",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("last", BigInteger, nullable=False),
 )
 
 sites = Table(

@@ -29,7 +29,7 @@ from hansa.errors import AccessError, HansaError, JobError, StorageError
 from hansa.pki.identity import Identity, Role
 from hansa.pki.kit import Kit
 from hansa.pki.roles import Permission, allowed
-from hansa.runs.run import Run, create
+from hansa.runs.run import Run, describe
 from hansa.server import policy
 from hansa.server.blobs import Blobs
 from hansa.server.desk import Desk
@@ -111,7 +111,6 @@ class Service:
     ) -> None:
         self._home = directory
         self._incoming = directory / "incoming"
-        self._incoming.mkdir(exist_ok=True)
         self._kit = kit
         self._settings = settings
         self._store = store
@@ -410,6 +409,7 @@ class Service:
     def _submit(self, caller: Identity, request: Submit) -> str:
         for row in self._store.jobs(caller.name):
             if row.key == request.key:
+                self._jobs.place(row.id)
                 return row.id
         path = self._bundle_path(caller, request.bundle)
         if not path.exists() or not path.with_suffix(".manifest").exists():
@@ -427,33 +427,42 @@ class Service:
             raise JobError(f"cohort.sites names {unknown[0]!r}; the federation's sites are: {', '.join(known)}.")
         if not known:
             raise JobError("The federation has no sites yet.")
-        folder = self._jobs.directory
-        output = bundle.job.output.model_copy(update={"dir": str(folder)})
-        directory = create(bundle.job.model_copy(update={"output": output}))
+        id = self._jobs.new_id(bundle.job.name)
+        staged, folder = self._jobs.staged(id), self._jobs.folder(id)
+        building = staged.with_name(f".{id}")
         try:
-            job = bundles.unpack(path, bundle, directory / "files")
-            cohort = job.cohort.model_copy(update={"sites": sorted(job.cohort.sites or known)})
-            document = job.model_copy(update={"output": output, "cohort": cohort})
-            storage.write_atomic(directory / "job.json", document.to_json().encode())
-            size = path.stat().st_size
-            path.replace(directory / "bundle.zip")
-            path.with_suffix(".manifest").replace(directory / "bundle.manifest")
+            job = bundles.unpack(path, bundle, building / "files")
+            changes = {
+                "output": job.output.model_copy(update={"dir": str(folder.parent)}),
+                "cohort": job.cohort.model_copy(update={"sites": sorted(job.cohort.sites or known)}),
+                "directory": str((folder / "files").absolute()),
+            }
+            building.mkdir(exist_ok=True)
+            describe(building, id, job.model_copy(update=changes))
+            for suffix in (".zip", ".manifest"):
+                (building / f"bundle{suffix}").hardlink_to(path.with_suffix(suffix))
+            storage.publish(building, staged)
             quota = self._settings.quota
-            self._blobs.mirror(self._jobs.key(directory.name))
-            return self._store.add_job(
-                directory.name,
+            self._store.add_job(
+                id,
                 job.name,
                 caller.name,
                 request.bundle,
                 request.key,
                 job.rounds,
-                size=size,
+                size=path.stat().st_size,
                 most_jobs=quota.jobs,
                 most_bytes=quota.bytes,
             )
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+        except BaseException as error:
+            shutil.rmtree(building, ignore_errors=True)
+            if not isinstance(error, StorageError):  # after which the job may be in the database all the same
+                shutil.rmtree(staged, ignore_errors=True)
             raise
+        self._jobs.place(id)
+        for suffix in (".zip", ".manifest"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+        return id
 
     def _row(self, caller: Identity, permission: Permission, id: str) -> JobRow:
         row = self._store.job(id)
@@ -515,6 +524,7 @@ class Service:
             raise JobError("The job is under way; abort it first.", job=row.id)
         sites = self._sites_of(row.id)
         self._store.delete_job(row.id)
+        self._jobs.forget(row.id)
         self._blobs.delete(self._jobs.key(row.id))
         self._desk.ring(sites)
 
@@ -524,9 +534,12 @@ class Service:
         after = request.after
         while True:
             state = (await asyncio.to_thread(self._store.job, request.job)).state
-            for line in await asyncio.to_thread(self._store.events, request.job, after):
+            lines = await asyncio.to_thread(self._store.events, request.job, after)
+            for line in lines:
                 after = line.number
                 yield JobEvent(line.number, line.time, line.kind, line.text)
+            if lines:  # there may be more than one reading gives
+                continue
             if not request.wait or (state not in ("queued", "running") and not self._jobs.at_work(request.job)):
                 return
             await asyncio.sleep(_FOLLOW_S)

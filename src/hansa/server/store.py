@@ -48,7 +48,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from hansa.errors import AccessError, JobError, MissingExtraError, StorageError, VersionError
 from hansa.runs.run import now
 from hansa.server import schema
-from hansa.server.schema import audits, events, jobs, leavers, owner, sites, tasks
+from hansa.server.schema import audits, events, jobs, leavers, numbers, owner, sites, tasks
 
 JobState = Literal["queued", "running", "finished", "failed", "aborted"]
 TaskState = Literal["open", "done", "missing", "late", "overdue", "replaced"]
@@ -318,6 +318,20 @@ class Store:
             connection.execute(sa.select(owner.c.id)).first()
 
     # Jobs
+
+    def next_id(self, name: str) -> str:
+        """Return an id for a job called ``name`` that no job has had: NAME-0001, NAME-0002, ..., deleted ones too."""
+        with self._write() as connection:
+            mine = sa.select(numbers.c.last).where(numbers.c.name == name)
+            last = connection.execute(mine).scalar_one_or_none()
+            number = (last or 0) + 1
+            while _find(connection, f"{name}-{number:04d}") is not None:
+                number += 1
+            if last is None:
+                connection.execute(numbers.insert().values(name=name, last=number))
+            else:
+                connection.execute(numbers.update().where(numbers.c.name == name).values(last=number))
+            return f"{name}-{number:04d}"
 
     def add_job(
         self,
