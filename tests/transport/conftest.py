@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hansa.errors import JobError
+from hansa.errors import HansaError, JobError
 from hansa.pki.authority import Authority
 from hansa.pki.identity import Identity, Role
 from hansa.pki.kit import Kit
@@ -64,6 +64,7 @@ class Depot:
         num_bytes_sent: bytes of pieces that went out.
         max_bytes, max_manifest_bytes: what an upload may have.
         stored: the offers that came to an end.
+        refusals: what was called by somebody who was not admitted.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,6 +76,7 @@ class Depot:
         self.max_bytes = 1 << 30
         self.max_manifest_bytes = 1 << 20
         self.stored: list[Offer] = []
+        self.refusals: list[str] = []
         self.bell: asyncio.Queue[int] = asyncio.Queue()
         self.closed = asyncio.Event()
         self.files: dict[str, tuple[Path, Manifest]] = {}
@@ -133,6 +135,9 @@ class Depot:
     async def offered(self, caller: Identity, offer: Offer) -> Destination | None:
         path = self.folder / offer.digest
         return None if path.exists() else Destination(path, self.max_bytes, self.max_manifest_bytes)
+
+    async def refused(self, peer: str, action: str, error: HansaError) -> None:
+        self.refusals.append(action)
 
     async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
         assert incoming.path.exists()

@@ -6,7 +6,7 @@
 | a site answers what it was not asked, or what another was | JobError; nothing changes |
 | an answer comes a second time | acknowledged; the first stands |
 | an update that is no Hansa update, or of another site or round | the task is closed as ``rejected``, with the reason |
-| a role or scope that does not allow the call | AccessError, and an audit entry |
+| a role or scope that does not allow the call | AccessError, and an audit entry: one a minute of a kind |
 | an upload larger than the task's plan implies, or for a task that has no update | refused before anything is read |
 | another file of the same update | it takes the first one's place until the task is answered, and is then refused |
 | an answer that names another file than was uploaded | StorageError; the site sends it again |
@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -83,7 +84,9 @@ BUNDLE_MANIFEST_BYTES = 64 << 20
 """The longest manifest of a bundle: room for 1.8 million pieces."""
 
 _SEEN_S = 10.0
+_REFUSED_S = 60.0
 _AUDITED = {Submit: "submit", AbortJob: "abort", WithdrawSite: "withdraw", ResumeJob: "resume", DeleteJob: "delete"}
+_ACTIONS = {**_AUDITED, Get: "download", Offer: "upload", Follow: "follow", Attend: "attend"}
 
 
 class Service:
@@ -119,6 +122,7 @@ class Service:
         self._jobs = jobs
         self._metrics = metrics
         self._noted: dict[str, float] = {}
+        self._refusals: dict[tuple[str, str, str], float] = {}
         self._submitting = asyncio.Lock()
         self._taking: dict[str, asyncio.Lock] = {}
 
@@ -127,23 +131,42 @@ class Service:
         begun = time.perf_counter()
         outcome = "ok"
         try:
-            reply = await self._answer(caller, request)
+            async with self._refusals_noted(caller, request):
+                reply = await self._answer(caller, request)
         except HansaError as error:
             outcome = type(error).__name__
-            if isinstance(error, AccessError) or type(request) in _AUDITED:
-                await self._audit(caller, request, "refused", error.message)
             raise
         finally:
             if not isinstance(request, Poll):
                 self._metrics.called(type(request).__name__, outcome, time.perf_counter() - begun)
         if type(request) in _AUDITED:
-            await self._audit(caller, request, "done", getattr(reply, "job", ""))
+            member, role, action = caller.member, caller.role.value, _AUDITED[type(request)]
+            detail = getattr(reply, "job", "")
+            await asyncio.to_thread(self._store.audit, member, role, action, _subject(request), "done", detail)
         return reply
 
-    async def _audit(self, caller: Identity, request: Message, outcome: str, detail: str) -> None:
-        action = _AUDITED.get(type(request), type(request).__name__)
-        subject = getattr(request, "job", "") or getattr(request, "bundle", "")
-        await asyncio.to_thread(self._store.audit, caller.member, caller.role.value, action, subject, outcome, detail)
+    async def refused(self, peer: str, action: str, error: HansaError) -> None:
+        """Note that somebody was not admitted at all."""
+        await self._note_refusal(peer, "", action, "", error)
+
+    async def _note_refusal(self, actor: str, role: str, action: str, subject: str, error: HansaError) -> None:
+        """Note a refusal, but not each of many: one a minute for the same caller, action and kind of reason."""
+        now = time.monotonic()
+        self._refusals = {key: since for key, since in self._refusals.items() if now - since < _REFUSED_S}
+        key = (actor, action, type(error).__name__)
+        if key not in self._refusals:
+            self._refusals[key] = now
+            await asyncio.to_thread(self._store.audit, actor, role, action, subject, "refused", error.message)
+
+    @contextlib.asynccontextmanager
+    async def _refusals_noted(self, caller: Identity, request: Message) -> AsyncIterator[None]:
+        try:
+            yield
+        except HansaError as error:
+            if isinstance(error, AccessError) or type(request) in _AUDITED:
+                subject, action = _subject(request), _ACTIONS.get(type(request), type(request).__name__)
+                await self._note_refusal(caller.member, caller.role.value, action, subject, error)
+            raise
 
     async def _answer(self, caller: Identity, request: Message) -> Message:
         match request:
@@ -221,7 +244,8 @@ class Service:
 
     async def attend(self, caller: Identity, request: Attend) -> AsyncIterator[Ring]:
         """Ring whenever there is news, and a few times a lease when there is none."""
-        self._attends(caller)
+        async with self._refusals_noted(caller, request):
+            self._attends(caller)
         if request.protocol != PROTOCOL:
             raise JobError(
                 f"The site speaks protocol {request.protocol}, this server {PROTOCOL}. Bring both to one release."
@@ -327,7 +351,8 @@ class Service:
 
     async def source(self, caller: Identity, request: Get) -> tuple[Path, Manifest]:
         """Return a file that belongs to a job: its bundle and plans for its sites, its results for its owner."""
-        return await asyncio.to_thread(self._source, caller, request)
+        async with self._refusals_noted(caller, request):
+            return await asyncio.to_thread(self._source, caller, request)
 
     def sent(self, caller: Identity, num_bytes: int) -> None:
         """Count what went out."""
@@ -357,7 +382,8 @@ class Service:
 
     async def offered(self, caller: Identity, offer: Offer) -> Destination | None:
         """Say where an upload goes: a new job's bundle, or the update that answers a task."""
-        async with self._taking.setdefault(caller.name, asyncio.Lock()):  # no file goes while an answer is made of it
+        turn = self._taking.setdefault(caller.name, asyncio.Lock())  # no file goes while an answer is made of it
+        async with turn, self._refusals_noted(caller, offer):
             return await asyncio.to_thread(self._offered, caller, offer)
 
     def _offered(self, caller: Identity, offer: Offer) -> Destination | None:
@@ -530,7 +556,8 @@ class Service:
 
     async def follow(self, caller: Identity, request: Follow) -> AsyncIterator[JobEvent]:
         """Yield a job's log."""
-        self._row(caller, Permission.LOGS, request.job)
+        async with self._refusals_noted(caller, request):
+            await asyncio.to_thread(self._row, caller, Permission.LOGS, request.job)
         after = request.after
         while True:
             state = (await asyncio.to_thread(self._store.job, request.job)).state
@@ -560,6 +587,10 @@ class Service:
 
 
 _FOLLOW_S = 0.25
+
+
+def _subject(request: Message) -> str:
+    return str(getattr(request, "job", "") or getattr(request, "bundle", ""))
 
 
 def members(kit: Kit) -> list[str]:

@@ -100,6 +100,9 @@ class Handlers(Protocol):
     async def call(self, caller: Identity, request: Message) -> Message:
         """Answer a request of `messages.CALLS` with its reply."""
 
+    async def refused(self, peer: str, action: str, error: HansaError) -> None:
+        """Note that somebody at the address ``peer`` was not admitted."""
+
     def attend(self, caller: Identity, request: Attend) -> AsyncIterator[Ring]:
         """Ring whenever there is news, and now and then when there is none."""
 
@@ -227,6 +230,7 @@ class Server:
                 who = caller.member
             except HansaError as refusal:
                 log.warning("%s was refused to %s: %s", name, context.peer(), refusal)
+                await self._handlers.refused(context.peer().rpartition(":")[0], name, refusal)
                 await _end(context, refusal, grpc.StatusCode.UNAUTHENTICATED)
             said = dict(context.invocation_metadata() or ()).get(protocol.PROTOCOL_KEY)
             if said != str(PROTOCOL):
