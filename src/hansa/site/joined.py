@@ -57,8 +57,8 @@ IDLE_S = 900.0
 
 REASON_LENGTH = 4000
 
-MOST_BYTES = 64 << 30
-"""The largest plan or bundle that is fetched where the site's policy has no ``max_model_bytes``: 64 GiB."""
+MOST_BYTES = 1 << 40
+"""The largest plan or bundle that is fetched where the site's policy has no ``max_model_bytes``: 1 TiB."""
 
 _SPARE_BYTES = 16 << 20
 
