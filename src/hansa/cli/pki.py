@@ -28,9 +28,7 @@ Scopes = Annotated[
 Hosts = Annotated[list[str] | None, typer.Option("--host", help="A DNS name or address of a server. May be repeated.")]
 Days = Annotated[float | None, typer.Option(help="How long it counts; 365 for programs, 90 for people by default.")]
 Hours = Annotated[float | None, typer.Option(help="The same, in hours.")]
-AnotherKey = Annotated[
-    bool, typer.Option("--another-key", help="Let a server or site have a second key.")
-]
+AnotherKey = Annotated[bool, typer.Option("--another-key", help="Let a server or site have a second key.")]
 
 
 @app.command()
