@@ -247,8 +247,8 @@ def test_a_clock_that_steps_changes_nothing(tmp_path, undisturbed, monkeypatch):
             if event.kind == "round":
                 clock.write_text(next(steps, "+2d") + "\n")
         view = federation.federation.job(id)
+        assert view.line.state == "finished", view.line.error
         federation.federation.download(id, tmp_path / "results", names=["report.json"])
-    assert view.line.state == "finished", view.line.error
     report = json.loads((tmp_path / "results" / "report.json").read_text())
     trained = Counter((tmp_path / "trained.txt").read_text().splitlines())
     assert report["model"]["sha256"] == undisturbed

@@ -69,8 +69,9 @@ while flare.is_running():
     trainer.fit(net, loader())
     weight = net.layer.weight
     whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    print("ROUND", json.dumps([trainer.global_rank, flare.is_evaluate(), trainer.global_step - before,
-                               whole.flatten().tolist()]), flush=True)
+    said = json.dumps([trainer.global_rank, flare.is_evaluate(), trainer.global_step - before,
+                       whole.flatten().tolist()])
+    os.write(1, f"ROUND {said}\n".encode())  # at once: ranks share the log
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """

@@ -355,7 +355,7 @@ def test_an_update_that_changes_while_it_waits_ends_the_round(tmp_path: Path) ->
     data = bytearray(handle.path.read_bytes())
     data[-1] ^= 1
     handle.path.write_bytes(data)
-    with pytest.raises(StorageError, match=r"site hamburg, round 1: .*changed while it waited.*--resume"):
+    with pytest.raises(StorageError, match=r"site hamburg, round 1: .*changed while it waited.*Resume the run"):
         folding.add(updates[0])
 
 

@@ -41,7 +41,7 @@ def perform(
     begun = time.perf_counter()
     if plan.task == "evaluate":
         sums = program.evaluate(site, plan)
-        return _evaluated(plan, site, sums, time.perf_counter() - begun), memory, plan.params
+        return _evaluated(plan, site, sums, max(0.0, time.perf_counter() - begun)), memory, plan.params
     context = begin(strategy, plan, memory)
     correction = None
     if strategy.rule.adjust:
@@ -51,7 +51,7 @@ def perform(
     finished = finish(strategy, plan, site, context, work)
     work = replace(work, params={})  # let go of: a large model's filters then have room
     update, memory = encode(strategy, pieces, plan, site, work, finished, memory)
-    return replace(update, seconds=time.perf_counter() - begun), memory, trained
+    return replace(update, seconds=max(0.0, time.perf_counter() - begun)), memory, trained
 
 
 def begin(strategy: Strategy, plan: Plan, memory: Memory) -> Parts:

@@ -81,7 +81,7 @@ class SiteRunner:
             return Absence(site, "refused", error.message)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one site's failure must not end the job
             return Absence(site, "lost", self._log(site, plan, error))
-        return replace(update, seconds=time.perf_counter() - begun)
+        return replace(update, seconds=max(0.0, time.perf_counter() - begun))
 
     def _run(self, course: Course, plan: Plan, site: str) -> Update:
         if course.name not in self._pieces or self._pieces[course.name][0] != course:
