@@ -71,7 +71,7 @@ while flare.is_running():
     whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     said = json.dumps([trainer.global_rank, flare.is_evaluate(), trainer.global_step - before,
                        whole.flatten().tolist()])
-    os.write(1, f"ROUND {said}\n".encode())  # at once: ranks share the log
+    os.write(1, f"ROUND {said}\\n".encode())  # at once: ranks share the log
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
