@@ -154,7 +154,7 @@ class Federation:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except BaseException:
+        except BaseException:  # Ctrl-C comes here, and the loop works in another thread
             future.cancel()
             raise
 

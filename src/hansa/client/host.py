@@ -216,7 +216,7 @@ class Started:
             error = self._ended()
             self.kill()
             raise error from None
-        except BaseException:
+        except BaseException:  # whatever ended the exchange, the process is in the middle of it
             self.kill()
             raise
         self._busy = False
@@ -340,7 +340,7 @@ class Attached:
             raise SiteError(
                 f"The attached process has gone. Start it again with HANSA_ATTACH={self._folder}.", site=self._site
             ) from None
-        except BaseException:
+        except BaseException:  # whatever ended the exchange, the process is in the middle of it
             self._hang_up()
             raise
         self._busy = False

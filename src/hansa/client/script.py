@@ -396,7 +396,7 @@ def _connected(path: str, token: str) -> tuple[Link, Mapping[str, Any]]:
         link = Link(connection)
         link.send({"type": "hello", "protocol": PROTOCOL, "token": token})
         welcome, _ = link.receive()
-    except BaseException:
+    except BaseException:  # no socket stays open, Ctrl-C included
         connection.close()
         raise
     return link, welcome

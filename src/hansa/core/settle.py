@@ -89,7 +89,7 @@ def settle(model: Model, state: Parts, directory: Path | None = None) -> Settled
                 files[STATE] = _fresh(folder / STATE)
                 save_state(files[STATE], state)
                 _, state = wire.open_parts(files[STATE])
-        except BaseException:
+        except BaseException:  # no half-written model stays on disk, Ctrl-C included
             for path in files.values():
                 path.unlink(missing_ok=True)
             raise
