@@ -93,7 +93,6 @@ async def test_metrics_are_what_was_counted(watch: Watch, metrics: Metrics) -> N
     metrics.received(7)
     metrics.answered("late")
     metrics.called("Answer", "ok", 0.002)
-    metrics.folded(0.02)
     metrics.finished_round(3.0)
     _, body = await get(watch, "/metrics")
     lines = dict(line.rsplit(" ", 1) for line in body.splitlines() if not line.startswith("#"))
@@ -104,7 +103,6 @@ async def test_metrics_are_what_was_counted(watch: Watch, metrics: Metrics) -> N
         'hansa_transfer_bytes_total{direction="up"}': 7,
         'hansa_answers_total{kind="late"}': 1,
         'hansa_call_seconds_count{method="Answer",outcome="ok"}': 1,
-        "hansa_fold_seconds_count": 1,
         "hansa_rounds_total": 1,
         "hansa_round_seconds_sum": 3,
     }

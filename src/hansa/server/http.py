@@ -78,7 +78,6 @@ class Metrics:
         self._answers = self._counter("hansa_answers", "Answers of sites to tasks, by kind.", "kind")
         self._rounds = self._counter("hansa_rounds", "Rounds finished.")
         self._calls = self._histogram("hansa_call_seconds", "Time to answer calls.", _FAST, "method", "outcome")
-        self._folds = self._histogram("hansa_fold_seconds", "Time to add an update to the sum.", _FAST)
         self._round_seconds = self._histogram("hansa_round_seconds", "Time of whole rounds.", _LONG)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -102,10 +101,6 @@ class Metrics:
     def answered(self, kind: str) -> None:
         """Count an answer: ``update``, ``inspected``, or the kind of an absence."""
         self._answers.labels(kind).inc()
-
-    def folded(self, seconds: float) -> None:
-        """Count an update that was added to the sum."""
-        self._folds.observe(seconds)
 
     def finished_round(self, seconds: float) -> None:
         """Count a round."""
