@@ -16,6 +16,7 @@ from hansa.runs.carrier import digest
 from hansa.runs.run import Run, list_runs
 from hansa.simulation.run import run
 from hansa.sinks.checkpoint import Checkpoints
+from hansa.sinks.metrics import JsonLines
 
 CHILD = """
 import sys, toys
@@ -89,6 +90,8 @@ def test_sigkill_at_random_instants(tmp_path, strategy, engine):
 def test_a_round_that_can_not_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch):
     job = toys.job(rounds=3, output={"dir": str(tmp_path)})
     written = Checkpoints.write
+    closed = []
+    monkeypatch.setattr(JsonLines, "close", lambda self: (self._file.close(), closed.append(self)))
 
     def full(self, record):
         if record.round == 3:
@@ -99,6 +102,7 @@ def test_a_round_that_can_not_be_written_leaves_the_earlier_ones(tmp_path, monke
     with pytest.raises(Exception, match="No space left on device") as caught:
         run(job)
     assert caught.type.__name__ == "StorageError"
+    assert len(closed) == 1
     monkeypatch.setattr(Checkpoints, "write", written)
     (stopped,) = list_runs(tmp_path)
     assert stopped.status["state"] == "failed"

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -202,6 +202,29 @@ async def test_a_server_that_is_restarted_mid_way(
         await transfer
         await second.stop()
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
+
+
+async def test_a_download_that_breaks_after_its_last_piece(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is there and only the call's end is lost: nothing is asked for again, and nothing is missing."""
+    manifest = depot.put(file)
+    frames = client.Connection._frames
+    seen: list[bytes] = []
+
+    async def without_end(self: client.Connection, call: object) -> AsyncIterator[bytes]:
+        async for data in frames(self, call):
+            seen.append(data)
+            yield data
+        if len(seen) == PIECES + 2:
+            raise client._LostError("cut")
+
+    monkeypatch.setattr(client.Connection, "_frames", without_end)
+    async with dial() as connection:
+        await connection.download("j", manifest.digest, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+    assert len(depot.gets) == 1
+    assert len(seen) == PIECES + 2
 
 
 async def test_patience_ends(dial: Dial, server: Server, depot: Depot, file: Path, tmp_path: Path) -> None:

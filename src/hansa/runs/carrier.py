@@ -138,19 +138,23 @@ class _Carrier:
         else:
             self._progress.say(f"Going on after round {start.round}.")
         self._checkpoints.forget_after(start.round)
-        lines = JsonLines(self._directory / "metrics.jsonl", after=start.round)
-        rows = Csv(self._directory / "metrics.csv", lines.records)
-        sinks: list[Sink] = [lines, rows, *self._given_sinks]
-        if self._job.output.tensorboard:
-            module = registry.load_object("hansa.sinks.tensorboard:TensorBoard")
-            sinks.append(module(self._directory / "tensorboard"))
-        sinks.append(self._checkpoints)
-        self._progress.stage("federated training", self._job.rounds, start.round)
-        now = start
-        if not self._enough(lines.records):
+        with contextlib.ExitStack() as stack:
+            lines = JsonLines(self._directory / "metrics.jsonl", after=start.round)
+            stack.callback(lines.close)
+            sinks: list[Sink] = [Csv(self._directory / "metrics.csv", lines.records), *self._given_sinks]
+            if self._job.output.tensorboard:
+                module = registry.load_object("hansa.sinks.tensorboard:TensorBoard")
+                sinks.append(module(self._directory / "tensorboard"))
+            sinks.append(self._checkpoints)
+            for sink in sinks:
+                stack.callback(sink.close)
+            self._progress.stage("federated training", self._job.rounds, start.round)
+            now = start
+            if self._enough(lines.records):
+                return now
             async with contextlib.aclosing(self._rounds(strategy, start)) as rounds:
                 async for record in rounds:
-                    for sink in sinks:
+                    for sink in (lines, *sinks):
                         sink.write(record)
                     now = Snapshot(record.round, record.model, record.state, record.acknowledged)
                     self._progress.round(record)
@@ -158,8 +162,6 @@ class _Carrier:
                     if self._enough(lines.records):
                         self._progress.say(f"Stopped early: {self._job.evaluation.metric} no longer improves.")
                         break
-        for sink in sinks:
-            sink.close()
         return now
 
     def _enough(self, records: list[dict[str, Any]]) -> bool:

@@ -51,6 +51,7 @@ from hansa.transport.messages import (
     Wanted,
 )
 from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
+from hansa.transport.threads import ThreadGroup
 
 WINDOW_BYTES = 8 << 20
 """What a download may have under way, so what a round trip carries: 80 MB/s over 100 ms."""
@@ -202,11 +203,17 @@ class Connection:
             HansaError: what the server said.
         """
         manifest = await self._patiently(partial(self._manifest, job, digest), "Download")
-        with await self._in_thread(partial(Incoming, path, manifest, donors, max_bytes=max_bytes)) as incoming:
-            fetch = partial(self._fetch, job, incoming, progress)
-            while incoming.num_bytes_missing:
-                await self._patiently(fetch, "Download", lambda: incoming.num_bytes_missing)
-            await self._in_thread(partial(incoming.finish, durable=durable))
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> Incoming:
+                return stack.enter_context(Incoming(path, manifest, donors, max_bytes=max_bytes))
+
+            async with ThreadGroup[None](self._threads) as threads:
+                incoming = await threads.do(begin)
+                fetch = partial(self._fetch, job, incoming, progress)
+                while incoming.num_bytes_missing:
+                    await self._patiently(fetch, "Download", lambda: incoming.num_bytes_missing)
+                await threads.do(partial(incoming.finish, durable=durable))
         return manifest
 
     async def upload(
@@ -247,23 +254,21 @@ class Connection:
 
     async def _fetch(self, job: str, incoming: Incoming, progress: Progress | None) -> None:
         before, size = incoming.num_bytes_missing, incoming.manifest.num_bytes
-        writing: list[asyncio.Future[None]] = []
-        try:
-            async with self._stream("Download") as call:
-                ranges = incoming.missing()[:MAX_RANGES]
-                await call.write(protocol.encode(Get(job, incoming.manifest.digest, ranges)))
-                await call.done_writing()
-                async for data in self._frames(call):
-                    index, payload = protocol.unframe(data)
-                    writing.append(self._in_thread(partial(incoming.write, index, payload)))
-                    if len(writing) > AHEAD:
-                        await writing.pop(0)
-                        if progress:
-                            progress(size - incoming.num_bytes_missing, size)
-                while writing:
-                    await writing.pop(0)
-        finally:
-            await _settled(writing)
+        if not before:  # the last attempt broke after its last piece
+            return
+        async with ThreadGroup[None](self._threads) as writing, self._stream("Download") as call:
+            ranges = incoming.missing()[:MAX_RANGES]
+            await call.write(protocol.encode(Get(job, incoming.manifest.digest, ranges)))
+            await call.done_writing()
+            async for data in self._frames(call):
+                index, payload = protocol.unframe(data)
+                writing.begin(partial(incoming.write, index, payload))
+                if len(writing) > AHEAD:
+                    await writing.next()
+                    if progress:
+                        progress(size - incoming.num_bytes_missing, size)
+            while writing:
+                await writing.next()
         if incoming.num_bytes_missing == before:
             raise WireError("The server sent nothing of what it was asked for.")
         if progress:
@@ -280,9 +285,8 @@ class Connection:
         def load(index: int) -> bytes:
             return protocol.frame(index, read_piece(descriptor, manifest, index, path))
 
-        ahead: list[asyncio.Future[bytes]] = []
         try:
-            async with self._stream("Upload") as call:
+            async with ThreadGroup[bytes](self._threads) as ahead, self._stream("Upload") as call:
                 await self._write(call, protocol.encode(offer))
                 for data in protocol.in_frames(manifest.encode()):
                     await self._write(call, data)
@@ -293,11 +297,11 @@ class Connection:
                 waiting: list[int] = []
                 while True:
                     while len(ahead) <= AHEAD and (index := next(indices, None)) is not None:
-                        ahead.append(self._in_thread(partial(load, index)))
+                        ahead.begin(partial(load, index))
                         waiting.append(index)
                     if not ahead:
                         break
-                    await self._write(call, await ahead.pop(0))
+                    await self._write(call, await ahead.next())
                     sent.append(waiting.pop(0))
                     done += manifest.pieces[sent[-1]][0]
                     if progress:
@@ -305,7 +309,6 @@ class Connection:
                 await call.done_writing()
                 protocol.decode(Done, await anext(replies, b""))
         finally:
-            await _settled(ahead)
             os.close(descriptor)
         if progress:
             progress(manifest.num_bytes, manifest.num_bytes)
@@ -448,9 +451,6 @@ class Connection:
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
-    def _in_thread(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, work)
-
 
 class _LostError(Exception):
     """The network's doing: to be tried again."""
@@ -499,9 +499,3 @@ def _error_of(error: Any) -> Exception:
     if code in _FOR_GOOD:
         return protocol.from_code(code, details)
     return _LostError(f"{code}, {details[:300]}")
-
-
-async def _settled(futures: list[asyncio.Future[Any]]) -> None:
-    """Wait for what threads are still at, so that no file is closed under them."""
-    if futures:
-        await asyncio.shield(asyncio.wait(futures))

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import secrets
@@ -32,6 +31,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -58,6 +58,7 @@ from hansa.transport.messages import (
     Wanted,
 )
 from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
+from hansa.transport.threads import ThreadGroup
 
 CALLS_PER_PEER = 64
 BEAT_S = 5.0
@@ -275,7 +276,7 @@ class Server:
         """Take a newer roster from whoever brings it: TLS has shown that the authority signed his certificate."""
         try:
             offer = protocol.decode(OfferRoster, await self._read(context))
-            if await self._in_thread(self._kit.update_roster, offer.text):
+            if await asyncio.to_thread(self._kit.update_roster, offer.text):
                 log.info("%s brought the roster of version %s.", context.peer(), self._kit.roster().version)
             await context.write(protocol.encode(Done()))
         except HansaError as error:
@@ -305,7 +306,7 @@ class Server:
         get = protocol.decode(Get, await self._read(context))
         path, manifest = await _beating(context, self._handlers.source(caller, get))
         if get.ranges is None:
-            for data in protocol.in_frames(await self._in_thread(manifest.encode)):
+            for data in protocol.in_frames(await asyncio.to_thread(manifest.encode)):
                 await context.write(data)
             return
         indices = in_ranges(get.ranges, manifest)
@@ -317,20 +318,18 @@ class Server:
         def load(index: int) -> bytes:
             return protocol.frame(index, read_piece(descriptor, manifest, index, path))
 
-        ahead: list[asyncio.Future[bytes]] = []
         num_bytes = 0
         try:
-            async with self._lane(context) as moved:
+            async with self._lane(context) as moved, ThreadGroup[bytes](self._threads) as ahead:
                 for index in indices:
-                    ahead.append(self._in_thread(load, index))
+                    ahead.begin(partial(load, index))
                     if len(ahead) > AHEAD:
-                        await context.write(await ahead.pop(0))
+                        await context.write(await ahead.next())
                     moved(manifest.pieces[index][0])
                     num_bytes += manifest.pieces[index][0]
                 while ahead:
-                    await context.write(await ahead.pop(0))
+                    await context.write(await ahead.next())
         finally:
-            await _settled(ahead)
             os.close(descriptor)
             self._handlers.sent(caller, num_bytes)
 
@@ -350,52 +349,44 @@ class Server:
         data = bytearray()
         while len(data) < offer.manifest_bytes:
             data += await self._read(context)
-        async with self._arriving(context, offer, place, data) as incoming:
-            await self._take_pieces(context, incoming)
-            await _beating(context, self._in_thread(incoming.finish))
+        async with self._arriving(context, offer, place, data) as (incoming, threads):
+            await self._take_pieces(context, incoming, threads)
+            await _beating(context, threads.do(incoming.finish))
             await _beating(context, self._handlers.received(caller, offer, incoming))
         await context.write(protocol.encode(Done()))
 
-    async def _take_pieces(self, context: _Context, incoming: Incoming) -> None:
+    async def _take_pieces(self, context: _Context, incoming: Incoming, threads: ThreadGroup[None]) -> None:
         """Ask for the pieces that are missing, and write them as they come."""
-        writing: list[asyncio.Future[None]] = []
-        try:
-            ranges = await self._in_thread(incoming.missing)
-            async with self._lane(context) as moved:
-                await context.write(protocol.encode(Wanted(ranges)))
-                for _ in range(sum(end - begin for begin, end in ranges)):
-                    index, payload = protocol.unframe(await self._read(context))
-                    moved(len(payload))
-                    writing.append(self._in_thread(incoming.write, index, payload))
-                    del payload
-                    if len(writing) > AHEAD:
-                        await writing.pop(0)
-                while writing:
-                    await writing.pop(0)
-        finally:
-            await _settled(writing)
+        ranges = await threads.do(incoming.missing)
+        async with self._lane(context) as moved:
+            await context.write(protocol.encode(Wanted(ranges)))
+            for _ in range(sum(end - begin for begin, end in ranges)):
+                index, payload = protocol.unframe(await self._read(context))
+                moved(len(payload))
+                threads.begin(partial(incoming.write, index, payload))
+                del payload
+                if len(threads) > AHEAD:
+                    await threads.next()
+            while threads:
+                await threads.next()
         if incoming.num_bytes_missing:
             raise WireError("An upload ended before all its pieces had come.")
 
     @contextlib.asynccontextmanager
     async def _arriving(
         self, context: _Context, offer: Offer, place: Destination, data: bytearray
-    ) -> AsyncIterator[Incoming]:
-        """Open the file that is to arrive, in a thread; close it on leaving, even if nobody waits for it any more."""
+    ) -> AsyncIterator[tuple[Incoming, ThreadGroup[None]]]:
+        """Open the file that is to arrive, in a thread; close it once no thread is at it any more."""
 
         def begin() -> Incoming:
             manifest = Manifest.decode(bytes(data))
             if manifest.digest != offer.digest:
                 raise WireError("A manifest has another digest than the one it was offered by.")
-            return Incoming(place.path, manifest, max_bytes=place.max_bytes)
+            return stack.enter_context(Incoming(place.path, manifest, max_bytes=place.max_bytes))
 
-        opening = self._in_thread(begin)
-        try:
-            yield await _beating(context, asyncio.shield(opening))
-        finally:
-            await _settled([opening])
-            if opening.exception() is None:
-                opening.result().close()
+        with contextlib.ExitStack() as stack:
+            async with ThreadGroup[None](self._threads) as threads:
+                yield await _beating(context, threads.do(begin)), threads
 
     @contextlib.asynccontextmanager
     async def _lane(self, context: _Context) -> AsyncIterator[Callable[[int], None]]:
@@ -447,9 +438,6 @@ class Server:
         assert isinstance(data, bytes)
         return data
 
-    def _in_thread(self, work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args))
-
 
 async def serve(handlers: Handlers, kit: Kit, host: str, port: int, *, stall_s: float = STALL_S) -> Server:
     """Start to listen.
@@ -489,12 +477,6 @@ async def _beating(context: _Context, work: Awaitable[_T]) -> _T:
         await asyncio.wait({task})
         raise
     return task.result()
-
-
-async def _settled(futures: list[asyncio.Future[Any]]) -> None:
-    """Wait for what threads are still at, so that no file is closed under them."""
-    if futures:
-        await asyncio.shield(asyncio.wait(futures))
 
 
 def _why_not(host: str, port: int) -> str:
