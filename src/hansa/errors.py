@@ -17,6 +17,7 @@ HansaError                  1
 ├── MissingExtraError       9   an optional library that this job needs is not installed
 ├── AccessError            10   who you are does not allow this: certificate, role or scope
 ├── UnreachableError       11   a server that can't be reached
+├── PrivacyError           12   a privacy promise that can't be kept: a mechanism, an ε or a budget
 └── InterruptedRunError   130   stopped by the user; the finished rounds are on disk
 
 0 is success and 70 a defect in Hansa itself (a traceback is shown). Exit codes are part of the interface.
@@ -141,6 +142,12 @@ class UnreachableError(HansaError):
     """A server that can't be reached: a wrong address, a refused connection, a network that is down."""
 
     exit_code = 11
+
+
+class PrivacyError(HansaError):
+    """A privacy promise that can't be kept: an ε that no noise gives, a budget that is spent, an unfit mechanism."""
+
+    exit_code = 12
 
 
 class InterruptedRunError(HansaError):

@@ -63,6 +63,9 @@ _EXTRAS = {
     "matplotlib": "report",
     "jinja2": "report",
     "tensorboard": "tensorboard",
+    "dp_accounting": "privacy",
+    "randomgen": "privacy",
+    "opacus": "dp-sgd",
 }
 
 

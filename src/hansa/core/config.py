@@ -217,6 +217,59 @@ class OutputSection(Section):
     tensorboard: bool = Field(False, description="Write TensorBoard event files into the run's folder.")
 
 
+class AdaptiveClip(Section):
+    """Follow a quantile of the updates' norms: Andrew et al. 2021, arXiv:1905.03871."""
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="γ: the share of updates left unclipped.")
+    lr: Annotated[float, Field(gt=0)] = Field(0.2, description="η_C: how fast the clip follows.")
+    noise: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="σ_b: the noise of the count of unclipped updates; a twentieth of the cohort by default."
+    )
+
+
+class PrivacySection(Section):
+    """What is promised to those whose data are trained on: clip, noise, sampling and accountant, as one plan."""
+
+    mechanism: Literal["central", "local", "dp-sgd", "dp-ftrl"] = Field(
+        description="central: the server clips and adds noise to the sum; local: each site adds noise before anything "
+        "leaves it; dp-sgd: noise in every local step; dp-ftrl: correlated noise at the server, for runs without "
+        "sampling."
+    )
+    unit: Literal["example", "user", "site"] | None = Field(
+        None,
+        description="Whose presence is hidden. dp-sgd: example. All others: user (each site is one person's device) "
+        "or site.",
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(
+        description="The largest L2 norm of what one unit adds: a site's update; with dp-sgd an example's gradient."
+    )
+    adaptive_clip: AdaptiveClip | None = Field(None, description="central: let the clip follow the updates' norms.")
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The noise's standard deviation over the clip. Give this or epsilon."
+    )
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="What all rounds together may spend; the noise multiplier follows."
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(description="Well below one over the number of units.")
+    accountant: Literal["pld", "rdp", "zcdp"] = Field("pld", description="How releases are added up.")
+    weight_cap: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Weigh a site by min(n, weight_cap) / weight_cap. By default every site counts once.",
+    )
+    participations: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="dp-ftrl: how often one site takes part at most; all rounds by default."
+    )
+    separation: Annotated[int, Field(gt=0)] = Field(
+        1, description="dp-ftrl: the least number of rounds from one participation of a site to its next."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _one_amount(self) -> PrivacySection:
+        if (self.noise_multiplier is None) == (self.epsilon is None):
+            raise ValueError("give noise_multiplier or epsilon, one of them")
+        return self
+
+
 class Job(Section):
     """One training run, declared.
 
@@ -241,6 +294,7 @@ class Job(Section):
     train: TrainSection = TrainSection()
     strategy: Choice = Choice(name="fedavg")
     filters: list[Choice] = Field(default_factory=list)
+    privacy: PrivacySection | None = Field(None, description="Differential privacy; none if left out.")
     workflow: Choice = Choice(name="scatter-gather")
     cohort: CohortSection = CohortSection()
     engine: EngineSection = EngineSection()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What releases of noised sums add up to, by the accountants of ``dp-accounting``.
+
+A release is a sum to which each unit contributes at most ``clip`` in L2 norm, plus Gaussian noise of standard deviation
+``noise_multiplier`` × ``clip``, over a Poisson sample of the units: each takes part with probability ``rate``, by
+itself. Neighbouring data sets differ by one unit that is added or removed.
+
+========  ==============================================================================================================
+pld       privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380)
+rdp       Rényi divergences (Mironov 2017, arXiv:1702.07476; Mironov et al. 2019, arXiv:1908.10530), turned into ε by
+          Canonne, Kamath and Steinke 2020, arXiv:2004.00010
+zcdp      ρ adds up (Bun and Steinke 2016, arXiv:1605.02658), turned into ε in the same way; knows no sampling
+========  ==============================================================================================================
+
+| case | result |
+|---|---|
+| no release, or a rate of 0 | ε = 0 |
+| no noise | ε = ∞ |
+| ``zcdp`` and a rate below 1 | the rate is not used: an upper bound, with no amplification by sampling |
+| an ε that no noise up to ``LARGEST`` gives | PrivacyError |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from hansa import registry
+from hansa.errors import PrivacyError
+
+Accountant = Literal["pld", "rdp", "zcdp"]
+
+LARGEST = 1e5
+"""The largest noise multiplier that is looked for."""
+PRECISION = 1e-4
+"""How close to the smallest sufficient noise multiplier the one found is, relatively; it always suffices."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """The same release, ``count`` times.
+
+    Attributes:
+        noise_multiplier: the noise's standard deviation over what one unit contributes at most.
+        rate: the probability that a unit takes part, by itself.
+        count: how often.
+    """
+
+    noise_multiplier: float
+    rate: float = 1.0
+    count: int = 1
+
+
+def epsilon(releases: Sequence[Release], delta: float, accountant: Accountant = "pld") -> float:
+    """Return the ε that ``releases`` have together at ``delta``.
+
+    >>> round(epsilon([Release(1.0, rate=0.01, count=1000)], delta=1e-5, accountant="rdp"), 3)
+    2.101
+    """
+    left = [r for r in releases if r.count and r.rate]
+    if not left:
+        return 0.0
+    if any(r.noise_multiplier <= 0 for r in left):
+        return math.inf
+    if accountant == "zcdp":
+        return epsilon_of_zcdp(sum(r.count / (2 * r.noise_multiplier**2) for r in left), delta)
+    return _composed(tuple(left), delta, accountant)
+
+
+def epsilon_of_zcdp(rho: float, delta: float) -> float:
+    """Return the ε at ``delta`` of a mechanism that is ρ-zCDP: Canonne, Kamath and Steinke 2020, Proposition 7.
+
+    >>> round(epsilon_of_zcdp(0.15, 1e-10), 2)
+    3.57
+    """
+    compute: Any = registry.load_object("dp_accounting.rdp:compute_epsilon")
+    orders = 1 + np.geomspace(1e-3, 1e6, 20_001)
+    return float(compute(orders, orders * rho, delta)[0])
+
+
+@lru_cache(maxsize=256)
+def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
+    name = "pld:PLDAccountant" if accountant == "pld" else "rdp:RdpAccountant"
+    book: Any = registry.load_object(f"dp_accounting.{name}")()
+    gaussian: Any = registry.load_object("dp_accounting:GaussianDpEvent")
+    sampled: Any = registry.load_object("dp_accounting:PoissonSampledDpEvent")
+    for release in releases:
+        event = gaussian(release.noise_multiplier)
+        book.compose(event if release.rate >= 1 else sampled(release.rate, event), release.count)
+    return float(book.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def noise_for(target: float, delta: float, rate: float, count: int, accountant: Accountant = "pld") -> float:
+    """Return the smallest noise multiplier (to ``PRECISION``, rounded up) with which ``count`` releases meet an ε.
+
+    Raises:
+        PrivacyError: no noise multiplier up to ``LARGEST`` does.
+    """
+
+    def enough(noise: float) -> bool:
+        return epsilon([Release(noise, rate, count)], delta, accountant) <= target
+
+    high = 1.0
+    while not enough(high):
+        high *= 2
+        if high > LARGEST:
+            raise PrivacyError(
+                f"No noise multiplier up to {LARGEST:g} gives ε = {target:g} at δ = {delta:g} over {count} releases. "
+                "Ask for a larger epsilon, fewer rounds, or a smaller sample."
+            )
+    low = high / 2
+    while low > 1e-3 and enough(low):
+        high, low = low, low / 2
+    while high / low > 1 + PRECISION:
+        middle = math.sqrt(low * high)
+        if enough(middle):
+            high = middle
+        else:
+            low = middle
+    return high

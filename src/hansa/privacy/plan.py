@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The privacy plan of a job: what is promised, to whom, and on what assumptions.
+
+Clip, noise, sampling and accountant are taken from here by the code that runs and by the code that states ε, so the ε
+that is shown is the ε of what ran. A promise names its adversary:
+
+===============  ============================================================================================
+the public       whoever gets the models, of every round or the last, and can't see who took part when
+the sites        all sites but one's own together; they get every round's model, and know when they took part
+the server       its operator, who sees every update as it arrives
+===============  ============================================================================================
+
+=========  ==========================  ======================  ===========================  =================
+mechanism  unit                        neighbours              the public and the sites     the server
+=========  ==========================  ======================  ===========================  =================
+central    a site (a user's device)    one added or removed    ε, by sampling for those     nothing
+                                                               who can't see the cohort
+local      a site (a user's device)    its data replaced       ε over all rounds            the same ε
+dp-sgd     an example                  one added or removed    ε of each site by itself     the same ε
+dp-ftrl    a site (a user's device)    one added or removed    ε, without sampling          nothing
+=========  ==========================  ======================  ===========================  =================
+
+What no ε here covers, and every plan says: metrics on held-out data, what a site tells of its data before training
+(counts; the numbers of its labels are left out of reports), that a site is online at all, and hyper-parameters that
+were chosen on the same data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hansa.core.config import Job, PrivacySection
+from hansa.errors import PrivacyError
+from hansa.privacy.accounting import Release, epsilon, noise_for
+
+FEW_SITES = 100
+"""With fewer sites than this, noise that hides a whole site hides most of what is learned."""
+
+SLACK = 1 + 2.0**-8
+"""What an update's norm may exceed the clip by, through rounding to half precision; noise is that much larger."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the code at server and sites needs of a plan.
+
+    Attributes:
+        section: the job's own words.
+        noise_multiplier: the noise's standard deviation over the clip.
+        rate: the probability that a unit takes part in a release.
+        rounds: how many releases there are.
+    """
+
+    section: PrivacySection
+    noise_multiplier: float
+    rate: float
+    rounds: int
+
+    @property
+    def releases(self) -> list[Release]:
+        """What is released over the whole run, for those who can't see who takes part."""
+        match self.section.mechanism:
+            case "local":  # data are replaced: twice the clip
+                return [Release(self.noise_multiplier / 2, 1.0, self.rounds)]
+            case "dp-ftrl":  # all rounds together are one release, of the noise before it is correlated
+                return [Release(self.noise_multiplier)]
+            case _:
+                return [Release(self.noise_multiplier, self.rate, self.rounds)]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An ε for one adversary; None where nothing is promised."""
+
+    adversary: str
+    epsilon: float | None
+    because: str
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What a job promises.
+
+    Attributes:
+        unit: whose presence is hidden.
+        neighbours: how two neighbouring data sets differ.
+        sampling: how units are drawn, and what the claim assumes of it.
+        claims: ε by adversary, at the section's δ.
+        warnings: what the user should think about.
+    """
+
+    terms: Terms
+    unit: str
+    neighbours: str
+    sampling: str
+    claims: tuple[Claim, ...]
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON types."""
+        section = self.terms.section
+        return {
+            "mechanism": section.mechanism,
+            "unit": self.unit,
+            "neighbours": self.neighbours,
+            "sampling": self.sampling,
+            "clip": section.clip,
+            "noise_multiplier": self.terms.noise_multiplier,
+            "delta": section.delta,
+            "accountant": section.accountant,
+            "claims": [asdict(claim) for claim in self.claims],
+            "warnings": list(self.warnings),
+        }
+
+
+def terms_of(section: PrivacySection, rounds: int, rate: float = 1.0) -> Terms:
+    """Return a section's terms; a noise multiplier that meets its ε is looked for where it gives one.
+
+    Args:
+        section: the job's privacy section.
+        rounds: the number of releases: rounds, or local steps for dp-sgd.
+        rate: the probability that a unit takes part in one.
+
+    Raises:
+        PrivacyError: no noise multiplier meets the ε.
+    """
+    noise = section.noise_multiplier
+    if noise is None:
+        assert section.epsilon is not None
+        match section.mechanism:
+            case "local":
+                noise = 2 * noise_for(section.epsilon, section.delta, 1.0, rounds, section.accountant)
+            case "dp-ftrl":
+                noise = noise_for(section.epsilon, section.delta, 1.0, 1, section.accountant)
+            case _:
+                noise = noise_for(section.epsilon, section.delta, rate, rounds, section.accountant)
+    return Terms(section, noise, rate, rounds)
+
+
+def terms_of_job(job: Job) -> Terms | None:
+    """Return what server and sites agree on before training; dp-sgd's terms are each site's own: None.
+
+    Raises:
+        PrivacyError: the cohort is not drawn as the accountant assumes, or the ε can't be met.
+    """
+    section = job.privacy
+    if section is None or section.mechanism == "dp-sgd":
+        return None
+    return terms_of(section, job.rounds, _rate(job) if section.mechanism == "central" else 1.0)
+
+
+def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | None:
+    """Return the plan of a job, or None if it promises nothing.
+
+    Args:
+        job: the job.
+        sites: how many sites there are.
+        examples: dp-sgd: the training examples of the site with the fewest, whose ε is the largest.
+
+    Raises:
+        PrivacyError: a piece of the plan contradicts another.
+    """
+    section = job.privacy
+    if section is None:
+        return None
+    unit = section.unit or ("example" if section.mechanism == "dp-sgd" else "user")
+    _check_unit(section, unit)
+    if section.mechanism == "dp-sgd":
+        return _of_steps(job, section, unit, examples)
+    terms = terms_of_job(job)
+    assert terms is not None
+    spent = epsilon(terms.releases, section.delta, section.accountant)
+    shown = f"a {unit} is a site"
+    few: tuple[str, ...] = (
+        f"There are {sites} sites, and the noise hides a whole site: below {FEW_SITES} of them it hides most of what "
+        "is learned. dp-sgd hides examples instead.",
+    )
+    warnings = few if sites < FEW_SITES else ()
+    if section.delta >= 1 / max(sites, 1):
+        warnings += (f"delta = {section.delta:g} is not below one over the number of sites (1/{sites}).",)
+    server = Claim("the server", None, "it sees every update before noise is added")
+    match section.mechanism:
+        case "local":
+            claims = tuple(Claim(who, spent, "noise is added at the site") for who in ("the public", "the sites"))
+            own = Claim("the server", spent, "noise is added at the site; each round counts in full")
+            return PrivacyPlan(
+                terms, shown, "the site's data are replaced by any other", "none is assumed", (*claims, own), warnings
+            )
+        case "dp-ftrl":
+            matrix = "correlated noise; no sampling is assumed"
+            claims = tuple(Claim(who, spent, matrix) for who in ("the public", "the sites"))
+            return PrivacyPlan(terms, shown, "one site added or removed", "none", (*claims, server), warnings)
+        case _:
+            seen = epsilon([Release(terms.noise_multiplier, 1.0, job.rounds)], section.delta, section.accountant)
+            public = Claim("the public", spent, f"each round asks each site with probability {terms.rate:g}, in secret")
+            if terms.rate == 1:
+                public = Claim("the public", spent, "every site takes part in every round")
+            those = Claim("the sites", seen, "no amplification is claimed against those who may learn who takes part")
+            sampling = f"Poisson, rate {terms.rate:g}, drawn in secret" if terms.rate < 1 else "everybody, every round"
+            return PrivacyPlan(terms, shown, "one site added or removed", sampling, (public, those, server), warnings)
+
+
+def _of_steps(job: Job, section: PrivacySection, unit: str, examples: int | None) -> PrivacyPlan:
+    if not examples:
+        raise PrivacyError("dp-sgd's ε depends on the number of examples at each site, and none is known here.")
+    rate = min(1.0, job.train.batch_size / examples)
+    terms = terms_of(section, job.rounds * steps_of(job, examples), rate)
+    spent = epsilon(terms.releases, section.delta, section.accountant)
+    because = "noise is in every step; batches are drawn at the site, in secret"
+    claims = tuple(Claim(who, spent, because) for who in ("the public", "the sites", "the server"))
+    warnings: tuple[str, ...] = ()
+    if section.delta >= 1 / examples:
+        warnings = (f"delta = {section.delta:g} is not below one over the number of examples (1/{examples}).",)
+    sampling = f"Poisson, rate {rate:g} of a site's {examples} examples at least, for every step"
+    return PrivacyPlan(
+        terms, f"an {unit} of a site's training data", "one added or removed", sampling, claims, warnings
+    )
+
+
+def steps_of(job: Job, examples: int) -> int:
+    """Return how many local steps a site with so many examples makes in a round of dp-sgd.
+
+    An epoch is as many batches as hold, on average, every example once.
+    """
+    if job.train.steps is not None:
+        return job.train.steps
+    return max(1, math.ceil((job.train.epochs or 1.0) * examples / job.train.batch_size))
+
+
+def _rate(job: Job) -> float:
+    if isinstance(job.cohort.sample, int):
+        raise PrivacyError(
+            f"cohort.sample = {job.cohort.sample} draws so many sites, and the accountant assumes that each takes part "
+            "by itself. Write the probability as a fraction: cohort.sample = 0.1, or 1.0 for all."
+        )
+    return job.cohort.sample
+
+
+def _check_unit(section: PrivacySection, unit: str) -> None:
+    if (unit == "example") != (section.mechanism == "dp-sgd"):
+        other = "mechanism = 'dp-sgd'" if unit == "example" else "unit = 'example'"
+        raise PrivacyError(
+            f"Mechanism {section.mechanism!r} does not hide one {unit}. Use {other}, or leave privacy.unit out."
+        )
+    if section.adaptive_clip and section.mechanism != "central":
+        raise PrivacyError("privacy.adaptive_clip is for mechanism = 'central'.")
+    if section.weight_cap and section.mechanism == "dp-sgd":
+        raise PrivacyError("privacy.weight_cap bounds what a site adds; dp-sgd bounds examples. Leave it out.")
