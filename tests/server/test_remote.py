@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import io
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 
@@ -75,9 +76,9 @@ class Impostor:
                 sequence = agenda.sequence
                 for given in agenda.assignments:
                     if given.task not in done:
-                        done.add(given.task)
                         answer = self._reply(given)
                         if answer is not None:
+                            done.add(given.task)
                             await connection.call(answer)
 
 
@@ -383,3 +384,36 @@ async def test_a_new_credential_brings_the_roster_that_lists_it(federation, tmp_
             await connection.call(OfferRoster(older))
         with pytest.raises(HansaError):
             await connection.call(OfferRoster(b"{}"))
+
+
+async def test_a_job_that_is_resumed_while_its_round_is_evaluated(federation):
+    """A site that had no update then would change the model, and sites that have evaluated it refuse another one."""
+    lost, judging = True, asyncio.Event()
+
+    def reply(given: Assignment) -> Answer | None:
+        if given.kind == "inspect":
+            return ready(given)
+        if given.kind == "evaluate":
+            judging.set()
+            return None if lost else inline(given, "s1")
+        return Answer(given.job, given.task, missing=Missing("lost", "no power")) if lost else inline(given, "s1")
+
+    await federation.start("s0")
+    async with impostor(federation, "s1", reply), federation.lead() as lead:
+        cohort = {"sites": ["s0", "s1"], "quorum": 1}
+        id = await lead.submit(job(rounds=2, recipe={"sites": ["s0", "s1"]}, cohort=cohort))
+        await asyncio.wait_for(judging.wait(), 60)
+        with contextlib.closing(sqlite3.connect(federation.made.server / "hansa.db")) as database:
+            judged = "SELECT 1 FROM tasks WHERE kind = 'evaluate' AND site = 's0' AND state = 'done'"
+            async with asyncio.timeout(60):
+                while database.execute(judged).fetchone() is None:
+                    await asyncio.sleep(0.02)
+        await lead.connection.call(AbortJob(id))
+        await lead.wait(id)
+        lost = False
+        await lead.connection.call(ResumeJob(id))
+        view = await lead.wait(id)
+        said = [event.text async for event in lead.connection.follow(Follow(id, 0, False)) if event.kind == "absent"]
+    assert view.line.state == "finished", view.line.error
+    assert [line for line in said if "another plan" in line] == []
+    assert [list(at) for at in absences(view).values()] == [["s1"], []]

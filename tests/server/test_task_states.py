@@ -168,7 +168,6 @@ class Tasks(RuleBasedStateMachine):
             assert _seen(self.store.task(task)) == known
         listed = {row.task for row in self.store.tasks(self._job)}
         assert listed == {known.task for known in self.known.values() if known.state != "replaced"}
-        assert self.store.updates(self._job) == {known.update for known in self.known.values() if known.update}
         for site in SITES:
             asked = {k.task for k in self.known.values() if k.site == site and k.state in ("open", "late")}
             assert {row.task for row in self.store.agenda(site)} == (asked if self.running else set())

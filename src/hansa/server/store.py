@@ -26,6 +26,7 @@ Guarantees, each with its test:
     an update after the task was answered     False
     a late update, the first or the second    True, then False
     a failed job queued again                 sites that gave no update are asked again; updates are kept
+    the same, while a round is evaluated      only the evaluation is asked for again: the round's model stands
 """
 
 from __future__ import annotations
@@ -416,7 +417,8 @@ class Store:
     def set_state(self, id: str, state: JobState, error: str = "", kind: str = "") -> JobRow:
         """Move a job to another state and return it; moving it to where it stands changes nothing.
 
-        A job that is queued again asks anew the sites that had no update for its unfinished round.
+        A job that is queued again asks anew the sites that had no answer for its unfinished round. Where the model of
+        that round is being evaluated already, what it was made of stands: sites evaluate one model a round.
 
         Raises:
             JobError: there is no such job, or it can't go there from where it stands.
@@ -434,7 +436,8 @@ class Store:
             connection.execute(jobs.update().where(jobs.c.id == id).values(**values))
             if state == "queued":
                 missing = (tasks.c.job == id) & tasks.c.state.in_(("missing", "late"))
-                connection.execute(tasks.update().where(missing).values(state="replaced"))
+                stands = (tasks.c.kind == "train") & _judged(tasks.c.job, tasks.c.course, tasks.c.round)
+                connection.execute(tasks.update().where(missing & ~stands).values(state="replaced"))
             return _job(connection, id)
 
     def progressed(self, id: str, round: int, size: int) -> None:
@@ -564,11 +567,13 @@ class Store:
     def overdue(self, job: str, course: str, round: int) -> list[TaskRow]:
         """Return the overdue updates that ``round`` is to use: those that no round has claimed are now its own.
 
-        Asked again after a restart, the round gets the same ones, and what has come since.
+        Asked again after a restart, the round gets the same ones, and what has come since, unless its model is being
+        evaluated already.
         """
         mine = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.state == "overdue")
         with self._write() as connection:
-            connection.execute(tasks.update().where(mine & tasks.c.claimed.is_(None)).values(claimed=round))
+            if not connection.execute(sa.select(_judged(job, course, round))).scalar_one():
+                connection.execute(tasks.update().where(mine & tasks.c.claimed.is_(None)).values(claimed=round))
             query = sa.select(tasks).where(mine & (tasks.c.claimed == round)).order_by(tasks.c.round, tasks.c.site)
             return [_task(row) for row in connection.execute(query)]
 
@@ -585,12 +590,6 @@ class Store:
             keys = connection.execute(sa.select(tasks.c.update).where(done, tasks.c.update != "")).scalars().all()
             connection.execute(tasks.delete().where(done))
         return list(keys)
-
-    def updates(self, job: str) -> set[str]:
-        """Return the keys of all updates that a job still needs; others are left over from a crash."""
-        with self._read() as connection:
-            query = sa.select(tasks.c.update).where(tasks.c.job == job, tasks.c.update != "")
-            return set(connection.execute(query).scalars())
 
     # Sites
 
@@ -641,6 +640,13 @@ def _values(row: Row[Any]) -> dict[str, Any]:
     if "task" in values or "bundle" in values:
         del values["number"]
     return values
+
+
+def _judged(job: Any, course: Any, round: Any) -> sa.Exists:
+    """Return whether sites have been asked to evaluate a round's model; job, course and round are values or columns."""
+    judged = tasks.alias()
+    same = (judged.c.job == job) & (judged.c.course == course) & (judged.c.round == round)
+    return sa.exists().where(same & (judged.c.kind == "evaluate") & (judged.c.state != "replaced"))
 
 
 def _task(row: Row[Any]) -> TaskRow:
