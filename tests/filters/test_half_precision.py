@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hansa.core import tree as trees
+from hansa.core.filter import Given
 from hansa.core.values import Update
 from hansa.filters.clip import clip
 from hansa.filters.weigh import weigh
@@ -34,7 +35,7 @@ def test_a_clipped_update_is_within_its_bound(dtype: Any, seed: int, size: int, 
     bound = joint_norm(update(leaf)) * share
     if bound == 0:
         return
-    clipped, _ = clip(bound).apply(update(leaf), {}, {})
+    clipped, _ = clip(bound).apply(update(leaf), Given({}), {})
     assert joint_norm(clipped) <= bound * (1 + 1e-5)
     assert clipped.parts["delta"]["w"].dtype == leaf.dtype
 
@@ -42,7 +43,7 @@ def test_a_clipped_update_is_within_its_bound(dtype: Any, seed: int, size: int, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_clipping_costs_no_more_than_rounding(dtype: Any) -> None:
     leaf = np.random.default_rng(0).normal(size=10_000).astype(dtype)
-    clipped, _ = clip(3.0).apply(update(leaf), {}, {})
+    clipped, _ = clip(3.0).apply(update(leaf), Given({}), {})
     assert joint_norm(clipped) > 3.0 * 0.997
 
 
@@ -51,7 +52,7 @@ def test_clipping_costs_no_more_than_rounding(dtype: Any) -> None:
 def test_weighing_then_dividing_gives_the_update_back(dtype: Any, weight: float) -> None:
     """Every element is rounded by itself: a weight rounded first would shift them all by up to 0.4 %."""
     leaf = np.random.default_rng(1).normal(size=100_000).astype(dtype)
-    weighed, _ = weigh().apply(update(leaf, weight), {"delta": True, "control": False}, {})
+    weighed, _ = weigh().apply(update(leaf, weight), Given({"delta": True, "control": False}), {})
     mean = weighed.parts["delta"]["w"].astype(np.float64) / weight
     exact = leaf.astype(np.float64)
     assert abs(np.dot(mean, exact) / np.dot(exact, exact) - 1) < 5e-4

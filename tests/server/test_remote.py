@@ -16,7 +16,7 @@ import pytest
 
 from federations import Loopback, loopback
 from hansa import bundle
-from hansa.client.work import WEIGHT_SCALE
+from hansa.core.values import WEIGHT_SCALE
 from hansa.core import wire
 from hansa.core.storage import load_tree
 from hansa.core.values import Update

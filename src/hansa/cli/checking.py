@@ -115,7 +115,7 @@ def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -
     context = strategy.rule.begin(initial, sent, {})
     parts, _ = strategy.rule.finish(context, initial, initial, Steps(1, job.train.lr))
     update = Update(course.sites[0], 1, 0, parts, 1.0, {})
-    update, _ = filters.run(chosen, update, strategy.weighed, {})
+    update, _ = filters.run(chosen, update, filters.Given(strategy.weighed, sent), {})
     kept = trees.num_bytes(model.params)
     kept_state = sum(trees.num_bytes(tree) for tree in state.values())
     sums = len(strategy.weighed) * trees.num_bytes(trees.floating(model.params))

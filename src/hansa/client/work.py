@@ -10,20 +10,17 @@ from dataclasses import replace
 
 from hansa.core import filter as filters
 from hansa.core import tree as trees
-from hansa.core.filter import Filter
+from hansa.core.filter import Filter, Given
 from hansa.core.ports import Correction, Program, Work
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Parts, Tree
-from hansa.core.values import Plan, Update
+from hansa.core.values import WEIGHT_SCALE, Plan, Update
 from hansa.errors import DataError, NonFiniteError, SiteError
 
 Memory = Mapping[str, Parts]
 """What a site keeps from round to round: the strategy's parts, and each filter's, by owner."""
 
 STRATEGY = "strategy"
-
-WEIGHT_SCALE = 1024.0
-"""The public scale of weights: a site that trained on n examples sends w = n / WEIGHT_SCALE."""
 
 
 def perform(
@@ -96,7 +93,7 @@ def encode(
         completed=work.completed,
     )
     lazy_memory = {owner: _lazily(own) for owner, own in memory.items()}
-    update, remembered = filters.run(pieces, update, strategy.weighed, lazy_memory)
+    update, remembered = filters.run(pieces, update, Given(strategy.weighed, plan.parts), lazy_memory)
 
     def error(name: str) -> NonFiniteError:
         return NonFiniteError(

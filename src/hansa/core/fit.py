@@ -30,6 +30,8 @@ class Trait(Enum):
     WEIGHS = "multiplies an update by its weight"
     ENCODES = "changes an update's dtype or form for the wire"
     SERVER_STEP = "does more at the server than add the mean update"
+    PRIVATE = "hides one site's whole update in noise"
+    UNPROTECTED = "trains on the same data without protection"
     RELAYS = "hands the model from site to site, without a sum or a server step"
 
 
@@ -120,6 +122,30 @@ _RULES = (
         Trait.VECTORISED,
         "sites take turns, so there is nothing to train at once.",
         "use engine 'local' or 'processes'.",
+    ),
+    _Rule(
+        Trait.PRIVATE,
+        Trait.RELAYS,
+        "a whole model leaves each site, and no sum is made that noise could hide it in.",
+        "use workflow 'scatter-gather'.",
+    ),
+    _Rule(
+        Trait.PRIVATE,
+        Trait.STALE,
+        "a late update counts in a round that its site was not drawn for, so the accountant's sampling is another one.",
+        "use cohort.late = 'discard'.",
+    ),
+    _Rule(
+        Trait.PRIVATE,
+        Trait.EXTRA_PARTS,
+        "its parts share one bound, and the control variates would be noise for the most part.",
+        "use fedavg, fedprox, fedavgm or an adaptive server optimiser.",
+    ),
+    _Rule(
+        Trait.PRIVATE,
+        Trait.UNPROTECTED,
+        "its scores come from models that were trained on the same data without noise, and are shown.",
+        "set baselines.local and baselines.central to false.",
     ),
     _Rule(
         Trait.EXTRA_PARTS,

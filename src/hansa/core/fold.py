@@ -16,6 +16,7 @@ Guarantees, each held by a test:
 | no update at all | weight 0, count 0, no tensors |
 | NaN or infinity in an update, a weight that is not positive and finite in float32 | rejected, nothing added |
 | a tensor missing, extra, of another shape, or not floating | rejected, nothing added |
+| a norm above the bound, where there is one | rejected, nothing added |
 | the same site twice, a site not asked, a site given up on | rejected |
 | finite updates whose sum is not finite | NonFiniteError from ``close`` |
 | a waiting update that changed on disk | StorageError: the sum can't be trusted any more |
@@ -26,7 +27,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ class Fold:
         weighed: part -> whether it was multiplied by the site's weight.
         population: the number of sites in the federation.
         directory: where early updates and large accumulators are kept; a temporary folder by default.
+        max_norm: the largest joint L2 norm of an update's parts, but for those named in ``beside``.
+        beside: parts that are not the model's; where there is a ``max_norm``, each has a norm of at most 1.
     """
 
     def __init__(
@@ -64,7 +67,12 @@ class Fold:
         weighed: Mapping[str, bool],
         population: int,
         directory: Path | None = None,
+        *,
+        max_norm: float | None = None,
+        beside: Collection[str] = (),
     ) -> None:
+        self._max_norm = max_norm
+        self._beside = beside
         self._order = list(order)
         self._place = {site: place for place, site in enumerate(self._order)}
         assert len(self._place) == len(self._order), "a site may be asked once a round"
@@ -184,12 +192,25 @@ class Fold:
         for name, value in header.sums.items():
             if not math.isfinite(value):
                 return f"The update's metric {name!r} is {value}."
+        squares = dict.fromkeys(self._expected, 0.0)
         for chunk in handle.chunks():
             kept_in = trees.wide(trees.dtype_of(self._expected[chunk.part][chunk.tensor].dtype))
             with np.errstate(over="ignore"):
                 values = chunk.values.astype(kept_in, copy=False)
             if not np.isfinite(values).all():
                 return f"Tensor {chunk.tensor!r} of {chunk.part!r} holds a NaN or an infinity."
+            if self._max_norm is not None:
+                flat = values.reshape(-1).astype(np.float64, copy=False)
+                squares[chunk.part] += float(flat @ flat)
+        return None if self._max_norm is None else self._too_long(squares, self._max_norm)
+
+    def _too_long(self, squares: Mapping[str, float], max_norm: float) -> str | None:
+        length = math.sqrt(sum(value for part, value in squares.items() if part not in self._beside))
+        if length > max_norm:
+            return f"The update's norm is {length:.6g}; no site's may exceed {max_norm:.6g}."
+        for part in self._beside:
+            if math.sqrt(squares[part]) > 1:
+                return f"The part {part!r} has a norm of {math.sqrt(squares[part]):.6g}; it may not exceed 1."
         return None
 
     def _advance(self) -> None:

@@ -12,14 +12,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hansa.core import tree as trees
 from hansa.core.fit import Trait
 from hansa.core.optimizer import Optimizer
-from hansa.core.tree import Array, Parts, Tree
+from hansa.core.tree import Array, Layout, Parts, Tree
 from hansa.core.values import Aggregate, Model
 
 
@@ -74,6 +74,10 @@ class Strategy:
         step: turns (model, state, aggregate) into the next model, the next state, and notes for the record.
         weighed: uploaded part -> True if it is multiplied by the site's weight, False if every site counts once.
         traits: what :func:`hansa.core.fit.check_fit` needs to know.
+        select: ``(sites, round)`` -> who is asked, in place of the cohort's policy; nobody is an answer.
+        bound: from the state, the joint L2 norm that no site's update may exceed; None for no bound.
+        extra: uploaded parts that do not have the model's layout, and theirs; where there is a bound, each has a norm
+            of at most 1.
     """
 
     name: str
@@ -83,6 +87,9 @@ class Strategy:
     rule: ClientRule = field(default_factory=ClientRule)
     weighed: Mapping[str, bool] = field(default_factory=lambda: {"delta": True})
     traits: frozenset[Trait] = frozenset()
+    select: Callable[[Sequence[str], int], tuple[str, ...]] | None = None
+    bound: Callable[[Parts], float | None] = lambda state: None
+    extra: Mapping[str, Layout] = field(default_factory=dict)
 
 
 def descend(optimizer: Optimizer, model: Model, state: Parts, mean: Tree) -> tuple[Model, Parts]:

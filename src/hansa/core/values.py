@@ -20,6 +20,9 @@ from hansa.core.tree import Array, Parts, Spec, Tree
 
 Task = Literal["train", "evaluate"]
 
+WEIGHT_SCALE = 1024.0
+"""The public scale of weights: a site that trained on n examples sends w = n / WEIGHT_SCALE."""
+
 
 @dataclass(frozen=True)
 class Model:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
 from hansa.core import tree as trees
-from hansa.core.filter import Filter
+from hansa.core.filter import Filter, Given
 from hansa.core.fit import Trait
 from hansa.core.tree import Parts
 from hansa.core.values import Update
@@ -21,7 +20,7 @@ def cast(dtype: Literal["bfloat16", "float16"] = "bfloat16") -> Filter:
     """
     target = trees.dtype_of(dtype)
 
-    def apply(update: Update, weighed: Mapping[str, bool], memory: Parts) -> tuple[Update, Parts]:
+    def apply(update: Update, given: Given, memory: Parts) -> tuple[Update, Parts]:
         parts = {
             part: {name: leaf.astype(target) if trees.is_floating(leaf.dtype) else leaf for name, leaf in tree.items()}
             for part, tree in update.parts.items()

@@ -14,11 +14,10 @@ Guarantee: after ``clip(C)`` the joint L2 norm over all parts is at most C (1 + 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
-from hansa.core import tree as trees
-from hansa.core.filter import Filter
+from hansa.core import bound
+from hansa.core.filter import Filter, Given
 from hansa.core.fit import Trait
 from hansa.core.tree import Parts
 from hansa.core.values import Update
@@ -30,23 +29,10 @@ def clip(max_norm: float) -> Filter:
     if not (max_norm > 0 and math.isfinite(max_norm)):
         raise JobError(f"filters.clip: max_norm must be positive and finite, it is {max_norm}.")
 
-    def apply(update: Update, weighed: Mapping[str, bool], memory: Parts) -> tuple[Update, Parts]:
-        length = _norm(update.parts)
+    def apply(update: Update, given: Given, memory: Parts) -> tuple[Update, Parts]:
+        parts, length = bound.clip(update.parts, max_norm)
         if not math.isfinite(length):
             raise NonFiniteError("The update is not finite.", site=update.site, round=update.round)
-        if length <= max_norm:
-            return update, {}
-        factor = max_norm / length
-        while True:
-            parts = {part: trees.times(tree, factor) for part, tree in update.parts.items()}
-            left = _norm(parts)
-            if left <= max_norm * (1 + 1e-5):
-                return replace(update, parts=parts), {}
-            # Rounding to half precision may go up, by 2⁻⁹ or, among the smallest numbers, by far more.
-            factor *= 0.999 * max_norm / left
+        return replace(update, parts=parts), {}
 
     return Filter("clip", frozenset({Trait.CLIPS}), apply)
-
-
-def _norm(parts: Parts) -> float:
-    return math.hypot(*(trees.norm(tree) for tree in parts.values()))

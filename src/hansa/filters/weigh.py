@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from hansa.core import tree as trees
-from hansa.core.filter import Filter
+from hansa.core.filter import Filter, Given
 from hansa.core.fit import Trait
 from hansa.core.tree import Parts
 from hansa.core.values import Update
@@ -16,9 +15,10 @@ from hansa.core.values import Update
 def weigh() -> Filter:
     """Return the filter that every job has: parts declared as weighed become weight × part."""
 
-    def apply(update: Update, weighed: Mapping[str, bool], memory: Parts) -> tuple[Update, Parts]:
+    def apply(update: Update, given: Given, memory: Parts) -> tuple[Update, Parts]:
         parts = {
-            part: trees.times(tree, update.weight) if weighed[part] else tree for part, tree in update.parts.items()
+            part: trees.times(tree, update.weight) if given.weighed[part] else tree
+            for part, tree in update.parts.items()
         }
         return replace(update, parts=parts), {}
 

@@ -16,6 +16,7 @@ zcdp      ρ adds up (Bun and Steinke 2016, arXiv:1605.02658), turned into ε in
 |---|---|
 | no release, or a rate of 0 | ε = 0 |
 | no noise | ε = ∞ |
+| an ε above ``WORTHLESS`` by RDP | that, whichever accountant: a distribution of such losses would fill the memory |
 | ``zcdp`` and a rate below 1 | the rate is not used: an upper bound, with no amplification by sampling |
 | an ε that no noise up to ``LARGEST`` gives | PrivacyError |
 """
@@ -35,6 +36,8 @@ from hansa.errors import PrivacyError
 
 Accountant = Literal["pld", "rdp", "zcdp"]
 
+WORTHLESS = 100.0
+"""An ε that promises nothing to anybody; above it precision is not worth its memory."""
 LARGEST = 1e5
 """The largest noise multiplier that is looked for."""
 PRECISION = 1e-4
@@ -85,6 +88,8 @@ def epsilon_of_zcdp(rho: float, delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
+    if accountant == "pld" and (bound := _composed(releases, delta, "rdp")) > WORTHLESS:
+        return bound
     name = "pld:PLDAccountant" if accountant == "pld" else "rdp:RdpAccountant"
     book: Any = registry.load_object(f"dp_accounting.{name}")()
     gaussian: Any = registry.load_object("dp_accounting:GaussianDpEvent")

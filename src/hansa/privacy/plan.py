@@ -48,15 +48,32 @@ class Terms:
 
     Attributes:
         section: the job's own words.
-        noise_multiplier: the noise's standard deviation over the clip.
-        rate: the probability that a unit takes part in a release.
-        rounds: how many releases there are.
+        rounds: how many releases there are: rounds, or local steps for dp-sgd.
+        rate: the probability that a unit takes part in one.
     """
 
     section: PrivacySection
-    noise_multiplier: float
-    rate: float
     rounds: int
+    rate: float = 1.0
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The noise's standard deviation over the clip; the least that meets the section's ε, where it gives one.
+
+        Raises:
+            PrivacyError: no noise multiplier meets the ε.
+        """
+        section = self.section
+        if section.noise_multiplier is not None:
+            return section.noise_multiplier
+        assert section.epsilon is not None, "a section has one of the two"
+        match section.mechanism:
+            case "local":
+                return 2 * noise_for(section.epsilon, section.delta, 1.0, self.rounds, section.accountant)
+            case "dp-ftrl":
+                return noise_for(section.epsilon, section.delta, 1.0, 1, section.accountant)
+            case _:
+                return noise_for(section.epsilon, section.delta, self.rate, self.rounds, section.accountant)
 
     @property
     def releases(self) -> list[Release]:
@@ -77,6 +94,10 @@ class Claim:
     adversary: str
     epsilon: float | None
     because: str
+
+    def __str__(self) -> str:
+        shown = "nothing is promised" if self.epsilon is None else f"ε = {self.epsilon:.3g}"
+        return f"against {self.adversary}: {shown} ({self.because})"
 
 
 @dataclass(frozen=True)
@@ -115,40 +136,16 @@ class PrivacyPlan:
         }
 
 
-def terms_of(section: PrivacySection, rounds: int, rate: float = 1.0) -> Terms:
-    """Return a section's terms; a noise multiplier that meets its ε is looked for where it gives one.
-
-    Args:
-        section: the job's privacy section.
-        rounds: the number of releases: rounds, or local steps for dp-sgd.
-        rate: the probability that a unit takes part in one.
-
-    Raises:
-        PrivacyError: no noise multiplier meets the ε.
-    """
-    noise = section.noise_multiplier
-    if noise is None:
-        assert section.epsilon is not None
-        match section.mechanism:
-            case "local":
-                noise = 2 * noise_for(section.epsilon, section.delta, 1.0, rounds, section.accountant)
-            case "dp-ftrl":
-                noise = noise_for(section.epsilon, section.delta, 1.0, 1, section.accountant)
-            case _:
-                noise = noise_for(section.epsilon, section.delta, rate, rounds, section.accountant)
-    return Terms(section, noise, rate, rounds)
-
-
 def terms_of_job(job: Job) -> Terms | None:
     """Return what server and sites agree on before training; dp-sgd's terms are each site's own: None.
 
     Raises:
-        PrivacyError: the cohort is not drawn as the accountant assumes, or the ε can't be met.
+        PrivacyError: the cohort is not drawn as the accountant assumes.
     """
     section = job.privacy
     if section is None or section.mechanism == "dp-sgd":
         return None
-    return terms_of(section, job.rounds, _rate(job) if section.mechanism == "central" else 1.0)
+    return Terms(section, job.rounds, _rate(job) if section.mechanism == "central" else 1.0)
 
 
 def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | None:
@@ -206,7 +203,7 @@ def _of_steps(job: Job, section: PrivacySection, unit: str, examples: int | None
     if not examples:
         raise PrivacyError("dp-sgd's ε depends on the number of examples at each site, and none is known here.")
     rate = min(1.0, job.train.batch_size / examples)
-    terms = terms_of(section, job.rounds * steps_of(job, examples), rate)
+    terms = Terms(section, job.rounds * steps_of(job, examples), rate)
     spent = epsilon(terms.releases, section.delta, section.accountant)
     because = "noise is in every step; batches are drawn at the site, in secret"
     claims = tuple(Claim(who, spent, because) for who in ("the public", "the sites", "the server"))
@@ -246,5 +243,5 @@ def _check_unit(section: PrivacySection, unit: str) -> None:
         )
     if section.adaptive_clip and section.mechanism != "central":
         raise PrivacyError("privacy.adaptive_clip is for mechanism = 'central'.")
-    if section.weight_cap and section.mechanism == "dp-sgd":
-        raise PrivacyError("privacy.weight_cap bounds what a site adds; dp-sgd bounds examples. Leave it out.")
+    if section.weight_cap and section.mechanism not in ("central", "dp-ftrl"):
+        raise PrivacyError("privacy.weight_cap bounds what a site adds to a sum that the server noises. Leave it out.")

@@ -19,10 +19,11 @@ from hansa.core.ports import EVERYONE
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Snapshot
 from hansa.errors import PolicyError, QuorumError, SiteError
+from hansa.privacy.plan import terms_of_job
 from hansa.runs.engine import Engine
 from hansa.runs.progress import Progress
 from hansa.workers.messages import CourseForm
-from hansa.workers.runner import Course
+from hansa.workers.runner import Course, form_of
 from hansa.workflows.evaluate import Scores, evaluate, scores_of
 from hansa.workflows.scatter_gather import scatter_gather
 
@@ -49,7 +50,7 @@ def course_form(job: Job, name: str, kind: str, site: str) -> CourseForm:
     """
     if name == job.name:
         filters = [item.model_dump(mode="json") for item in job.filters]
-        return CourseForm(name, job.strategy.model_dump(mode="json"), filters)
+        return CourseForm(name, job.strategy.model_dump(mode="json"), filters, form_of(terms_of_job(job)))
     judged = (name == "base" and job.baselines.base) or (name.startswith("local.") and job.baselines.local)
     if judged and (kind == "evaluate" or name == f"local.{site}"):
         return CourseForm(name, PLAIN.model_dump(mode="json"), [])

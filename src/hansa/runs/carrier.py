@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ from hansa.core.tree import Tree
 from hansa.core.values import RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import DataError, HansaError, MissingExtraError
+from hansa.privacy.draws import Secret
+from hansa.privacy.plan import PrivacyPlan, plan_of, terms_of_job
 from hansa.runs import run as runs
 from hansa.runs.baselines import Baselines
 from hansa.runs.engine import Engine, inspect_all
@@ -93,7 +95,10 @@ class _Carrier:
         self._work = directory / "work"
         self._engine = engine
         self._progress = progress
-        self._course = Course(job.name, tuple(engine.sites), strategy or job.strategy, tuple(job.filters))
+        self._course = Course(
+            job.name, tuple(engine.sites), strategy or job.strategy, tuple(job.filters), terms_of_job(job)
+        )
+        self._secret = directory / "work" / "protection.key"
         self._given_sinks = sinks
         self._begun = time.perf_counter()
         evaluation = job.evaluation
@@ -103,13 +108,15 @@ class _Carrier:
         """Check, train, compare, export, report."""
         check(self._job, self._engine, self._course)
         sites = await self._inspect()
-        strategy, _ = self._course.pieces()
+        plan = self._promise(sites)
+        strategy, _ = self._course.pieces(Secret.kept(self._secret) if self._course.terms else None)
         initial = await self._initial()
         last = await self._train(strategy, initial)
         chosen = self._chosen(last)
         scores, failed = await self._baselines(initial)
         seconds = time.perf_counter() - self._begun
-        await self._finish(chosen, initial, sites, scores, failed, seconds)
+        await self._finish(chosen, initial, sites, scores, failed, seconds, plan)
+        self._secret.unlink(missing_ok=True)
 
     async def _inspect(self) -> list[SiteReport]:
         self._progress.stage("checking the sites' data", 0)
@@ -122,6 +129,16 @@ class _Carrier:
             self._progress.say(f"{site} does not take part so far: {reason.message}")
         storage.write_json(self._directory / "sites.json", [asdict(report) for report in reports])
         return reports
+
+    def _promise(self, sites: Sequence[SiteReport]) -> PrivacyPlan | None:
+        fewest = min(report.counts.get("train", 0) for report in sites)
+        plan = plan_of(self._job, len(self._engine.sites), fewest or None)
+        if plan is not None:
+            for claim in plan.claims:
+                self._progress.say(f"Privacy: {claim}")
+            for warning in plan.warnings:
+                self._progress.say(f"Privacy: {warning}")
+        return plan
 
     async def _initial(self) -> Tree:
         path = self._directory / "initial.safetensors"
@@ -200,6 +217,7 @@ class _Carrier:
         baselines: Mapping[str, Scores],
         failed: Mapping[str, str],
         seconds: float,
+        plan: PrivacyPlan | None,
     ) -> None:
         self._progress.stage("saving the model and the report", 0)
         params = chosen.model.native()
@@ -221,7 +239,8 @@ class _Carrier:
             "platform": platform.platform(),
             "created": runs.now(),
             "seconds": seconds,
-            "sites": [asdict(site) for site in sites],
+            "sites": [asdict(site) if plan is None else asdict(replace(site, labels={})) for site in sites],
+            "privacy": None if plan is None else plan.as_json(),
             "rounds": read_records(self._directory / "metrics.jsonl"),
             "model": {
                 "round": chosen.round,
@@ -287,7 +306,18 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
         Piece("workflow", workflow.name, workflow.traits),
         Piece("cohort", "policy", frozenset(cohort)),
         Piece("engine", job.engine.name, frozenset(vectorised)),
+        *_promises(job),
     ]
+
+
+def _promises(job: Job) -> list[Piece]:
+    """Return a job's privacy plan, and the baselines that would go around it."""
+    if job.privacy is None:
+        return []
+    hides = frozenset() if job.privacy.mechanism == "dp-sgd" else frozenset({Trait.PRIVATE})
+    names = [name for name in ("local", "central") if getattr(job.baselines, name)]
+    baselines = [Piece("baseline", name, frozenset({Trait.UNPROTECTED})) for name in names]
+    return [Piece("privacy", job.privacy.mechanism, hides), *baselines]
 
 
 def workflow_of(job: Job) -> Workflow:

@@ -59,7 +59,7 @@ from hansa.workers.messages import (
     Summarise,
     Work,
 )
-from hansa.workers.runner import Course, num_threads
+from hansa.workers.runner import Course, form_of, num_threads
 
 _ATTEMPTS = 3
 _SETTLE_S = 0.05
@@ -298,7 +298,7 @@ def _form(course: Course) -> CourseForm:
                 job=course.name,
             )
         choices.append(choice.model_dump(mode="json"))
-    return CourseForm(course.name, choices[0], choices[1:])
+    return CourseForm(course.name, choices[0], choices[1:], form_of(course.terms))
 
 
 class _Errand:

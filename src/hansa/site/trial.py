@@ -17,10 +17,9 @@ from pathlib import Path
 
 from hansa import bundle as bundles
 from hansa.bundle import Bundle
-from hansa.client.work import WEIGHT_SCALE
 from hansa.core import settle, wire
 from hansa.core.config import Choice, Job
-from hansa.core.values import Plan
+from hansa.core.values import WEIGHT_SCALE, Plan
 from hansa.errors import PolicyError, SiteError
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form

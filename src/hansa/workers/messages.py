@@ -29,12 +29,21 @@ class Start(msgspec.Struct, tag=True):
     memory_bytes: int | None = None
 
 
+class TermsForm(msgspec.Struct):
+    """The terms of a privacy plan."""
+
+    section: dict[str, Any]
+    rounds: int
+    rate: float
+
+
 class CourseForm(msgspec.Struct):
     """A course as names and options; a worker does not need its list of sites."""
 
     name: str
     strategy: dict[str, Any]
     filters: list[dict[str, Any]]
+    terms: TermsForm | None = None
 
 
 class Perform(msgspec.Struct, tag=True):

@@ -54,7 +54,7 @@ from hansa.workers.messages import (
     failed,
     frame,
 )
-from hansa.workers.runner import Course, SiteRunner, pin_threads
+from hansa.workers.runner import Course, SiteRunner, pin_threads, terms_from
 
 _LOG = logging.getLogger("hansa.worker")
 
@@ -130,6 +130,7 @@ class _Worker:
             (),
             Choice.model_validate(form.strategy),
             tuple(Choice.model_validate(item) for item in form.filters),
+            terms_from(form.terms),
         )
         reply = self._runner.run(course, self._read(request.plan), request.site)
         if isinstance(reply, Absence):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hansa import registry
 from hansa.client.work import perform
-from hansa.core.config import Choice, EngineSection
+from hansa.core.config import Choice, EngineSection, PrivacySection
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
 from hansa.core.ports import Program, topic
@@ -19,7 +19,11 @@ from hansa.core.strategy import Strategy
 from hansa.core.values import Absence, Plan, Update
 from hansa.errors import HansaError
 from hansa.filters.weigh import weigh
+from hansa.privacy.draws import Secret
+from hansa.privacy.plan import Terms
+from hansa.privacy.protect import bounded, protected
 from hansa.workers.memory import Mailboxes, MemoryStore
+from hansa.workers.messages import TermsForm
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,21 @@ class Course:
         sites: who takes part.
         strategy: its name and options, or the value itself (engines in this process only).
         filters: the same, in order; the weighing that every course has is added.
+        terms: the privacy plan that it is under, if any.
     """
 
     name: str
     sites: tuple[str, ...]
     strategy: Choice | Strategy
     filters: tuple[Choice | Filter, ...] = ()
+    terms: Terms | None = None
 
-    def pieces(self) -> tuple[Strategy, list[Filter]]:
-        """Return the strategy and the filters as values."""
+    def pieces(self, secret: Secret | None = None) -> tuple[Strategy, list[Filter]]:
+        """Return the strategy and the filters as values.
+
+        Args:
+            secret: what protective draws at the server come from, where they are to be made.
+        """
         strategy = (
             registry.build("strategies", self.strategy.name, self.strategy.options)
             if isinstance(self.strategy, Choice)
@@ -50,7 +60,20 @@ class Course:
             for item in self.filters
         ]
         place = next((i for i, piece in enumerate(chosen) if Trait.CLIPS not in piece.traits), len(chosen))
-        return strategy, [*chosen[:place], weigh(), *chosen[place:]]
+        if self.terms is None:
+            return strategy, [*chosen[:place], weigh(), *chosen[place:]]
+        private = protected(strategy, self.terms, secret)
+        return private, [*chosen[:place], bounded(self.terms), weigh(), *chosen[place:]]
+
+
+def form_of(terms: Terms | None) -> TermsForm | None:
+    """Return a plan's terms as a worker is told them."""
+    return None if terms is None else TermsForm(terms.section.model_dump(mode="json"), terms.rounds, terms.rate)
+
+
+def terms_from(form: TermsForm | None) -> Terms | None:
+    """Return the terms that a worker was told."""
+    return None if form is None else Terms(PrivacySection.model_validate(form.section), form.rounds, form.rate)
 
 
 class SiteRunner:

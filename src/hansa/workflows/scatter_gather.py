@@ -66,9 +66,12 @@ async def scatter_gather(
     del start  # its model is let go of after the first round
     for number in range(first, job.rounds + 1):
         begun = time.perf_counter()
-        asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
+        if strategy.select is not None:
+            asked = strategy.select(cohort.sites, number)
+        else:
+            asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
         plan = _plan(job, strategy, now, number, asked)
-        gathered = await _gather(job, strategy, cohort, plan, asked, scratch)
+        gathered = await _gather(job, strategy, cohort, plan, asked, strategy.bound(now.state), scratch)
         _require(job, gathered, asked, number)
         settled, notes = await _aside(
             plan.params, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch
@@ -134,7 +137,7 @@ def _plan(job: Job, strategy: Strategy, now: Snapshot, number: int, asked: Seque
 
 def _expected(strategy: Strategy, plan: Plan) -> dict[str, Layout]:
     layout = trees.layout_of(trees.floating(plan.params))
-    return dict.fromkeys(strategy.weighed, layout)
+    return {**dict.fromkeys(strategy.weighed, layout), **strategy.extra}
 
 
 async def _gather(
@@ -143,13 +146,15 @@ async def _gather(
     cohort: Cohort,
     plan: Plan,
     asked: Sequence[str],
+    bound: float | None,
     scratch: Path | None,
 ) -> _Gathered:
     overdue = {handle.header.site: handle for handle in cohort.late(plan.round)}
     welcome = {site: handle for site, handle in overdue.items() if job.cohort.late == "accept" and site not in asked}
     order = sorted({*asked, *welcome})
-    fold = Fold(order, _expected(strategy, plan), strategy.weighed, len(cohort.sites), scratch)
-    gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, len(cohort.sites)))
+    expected, population = _expected(strategy, plan), len(cohort.sites)
+    fold = Fold(order, expected, strategy.weighed, population, scratch, max_norm=bound, beside=strategy.extra)
+    gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, population))
     for site, handle in sorted(overdue.items()):
         if site in welcome:
             await _aside(plan.params, _accept, gathered, strategy, plan, handle)
@@ -205,7 +210,7 @@ def _reject(gathered: _Gathered, handle: Handle, reason: str) -> None:
 
 
 def _require(job: Job, gathered: _Gathered, asked: Sequence[str], number: int) -> None:
-    needed = wanted(job.cohort.quorum, len(asked))
+    needed = wanted(job.cohort.quorum, len(asked)) if asked else 0
     if len(gathered.accepted) < needed:
         gathered.fold.discard()
         reasons = "\n".join(f"  {a.site}: {a.kind}: {a.reason}" for a in gathered.absent)
@@ -228,10 +233,10 @@ async def _record(
     notes: Mapping[str, Any],
     seconds: float,
 ) -> RoundRecord:
-    trained = await cohort.summarise(gathered.aggregate.metrics)
+    trained = await _summary(cohort, gathered.aggregate.metrics)
     metrics = {TRAINING + name: value for name, value in trained.items()}
     by_site = {
-        site: {TRAINING + name: value for name, value in (await cohort.summarise(sums)).items()}
+        site: {TRAINING + name: value for name, value in (await _summary(cohort, sums)).items()}
         | {TRAINING + "seconds": gathered.seconds[site]}
         for site, sums in sorted(gathered.sums.items())
     }
@@ -256,3 +261,8 @@ async def _record(
         state=now.state,
         acknowledged=now.acknowledged,
     )
+
+
+async def _summary(cohort: Cohort, sums: Mapping[str, float]) -> Mapping[str, float]:
+    """Return the metrics of ``sums``; sites that keep theirs to themselves, and nobody, have none."""
+    return await cohort.summarise(sums) if sums else {}

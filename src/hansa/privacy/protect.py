@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A strategy under a privacy plan: what sites bound and noise, and what the server adds before it steps.
+
+Central: DP-FedAvg, McMahan et al. 2018, arXiv:1710.06963, with the clip fixed or adaptive (Andrew et al. 2021,
+arXiv:1905.03871, Algorithm 1). Local: the Gaussian mechanism at each site.
+
+    site     Δ ← Δ · min(1, C/‖Δ‖)  (jointly over all parts);   w ← 1, or min(n, cap)/cap;   b ← ½ if ‖Δ‖ ≤ C else −½
+    server   Δ̄ ← (Σ w Δ + N(0, (z_Δ C)²)) / (q N);              b̃ ← (Σ b + N(0, σ_b²)) / (q N) + ½
+             C ← C · exp(−η_C (b̃ − γ)),                         z_Δ = (z⁻² − (2σ_b)⁻²)^−½,   σ_b = q N / 20
+
+Guarantees, each held by a test:
+
+- what leaves a site under a plan has a bounded norm, no metrics of training, and no exact number of examples;
+- the server adds noise to every part that it sums, in every round, nobody's included;
+- the mean's denominator is q N, whoever answered: it tells nothing, and a sum of few is not blown up;
+- an update whose norm is above the clip is rejected by the server, whatever its sender says;
+- cohorts are drawn from the run's secret: each site by itself with probability q, and never again to reach a quorum.
+
+| case | result |
+|---|---|
+| a cohort of nobody | a step of noise alone |
+| a NaN or infinite update | NonFiniteError at the site, which is then absent |
+| an update of zeros | sent as it is; its norm is not above the clip |
+| σ_b too small for z (z ≥ 2σ_b) | PrivacyError: the count alone would spend more than is promised |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from hansa.core import bound
+from hansa.core import tree as trees
+from hansa.core.filter import Filter, Given
+from hansa.core.fit import Trait
+from hansa.core.strategy import Notes, Strategy
+from hansa.core.tree import Parts, Spec, Tree
+from hansa.core.values import WEIGHT_SCALE, Aggregate, Model, Update
+from hansa.errors import NonFiniteError, PrivacyError
+from hansa.privacy.draws import Secret
+from hansa.privacy.plan import SLACK, Terms
+
+CLIP = "clip"
+"""The part of the state, and of plans, that holds an adaptive clip."""
+COUNT = "unclipped"
+"""The part of updates that counts those that were not clipped."""
+
+
+def bounded(terms: Terms) -> Filter:
+    """Return the filter that bounds an update, and where the plan is local adds noise to it; it comes before weighing.
+
+    Raises (when applied):
+        NonFiniteError: the update is NaN or infinite.
+    """
+    section = terms.section
+
+    def apply(update: Update, given: Given, memory: Parts) -> tuple[Update, Parts]:
+        clip = section.clip
+        if section.adaptive_clip:
+            clip = float(np.asarray(given.sent[CLIP]["norm"]))
+        parts, length = bound.clip(update.parts, clip)
+        if not math.isfinite(length):
+            raise NonFiniteError("The update is not finite.", site=update.site, round=update.round)
+        if section.mechanism == "local":
+            parts = noised(parts, terms.noise_multiplier * clip * SLACK, Secret.fresh())
+        if section.adaptive_clip:
+            parts = {**parts, COUNT: {"half": np.array(0.5 if length <= clip else -0.5, np.float32)}}
+        weight = 1.0
+        if section.weight_cap is not None:
+            weight = min(update.weight * WEIGHT_SCALE, section.weight_cap) / section.weight_cap
+        return replace(update, parts=parts, weight=weight, sums={}), {}
+
+    return Filter("privacy", frozenset({Trait.CLIPS}), apply)
+
+
+def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) -> Strategy:
+    """Return ``strategy`` under a plan.
+
+    Args:
+        strategy: the algorithm; its parts are bounded together.
+        terms: the plan's terms.
+        secret: the run's, at the server; a site has none, and needs none.
+
+    Raises:
+        PrivacyError: the count of unclipped updates would need more noise than it gets.
+    """
+    section = terms.section
+    if section.mechanism == "local":
+        return strategy
+    adaptive = section.adaptive_clip
+
+    def init(model: Model) -> Parts:
+        own: dict[str, Tree] = {CLIP: {"norm": np.array(section.clip)}} if adaptive else {}
+        return {**strategy.init(model), **own}
+
+    def sent(state: Parts) -> Parts:
+        own = {CLIP: state[CLIP]} if adaptive else {}
+        return {**strategy.sent(_inner(state)), **own}
+
+    def clip_of(state: Parts) -> float:
+        return float(np.asarray(state[CLIP]["norm"])) if adaptive else section.clip
+
+    def step(model: Model, state: Parts, aggregate: Aggregate) -> tuple[Model, Parts, Notes]:
+        assert secret is not None, "only the server steps, and it has the run's secret"
+        clip, expected = clip_of(state), terms.rate * aggregate.population
+        noise, count_noise = _noises(terms, expected)
+        sums: dict[str, Tree] = {}
+        for part in strategy.weighed:
+            tree = aggregate.sums.get(part) or _zeros(model)
+            sums[part] = noised({part: tree}, noise * clip * SLACK, secret, model.version)[part]
+        released = replace(aggregate, sums=sums, weight=expected, count=expected, metrics={})
+        stepped, inner, notes = strategy.step(model, _inner(state), released)
+        notes = {**notes, "clip": clip, "noise": noise * clip * SLACK / expected}
+        if adaptive is None:
+            return stepped, inner, notes
+        halves = aggregate.sums.get(COUNT, {"half": np.zeros(())})["half"]
+        drawn = secret.generator(model.version, COUNT).normal(0.0, count_noise)
+        share = (float(np.asarray(halves)) + drawn) / expected + 0.5
+        clip *= math.exp(-adaptive.lr * (share - adaptive.quantile))
+        return stepped, {**inner, CLIP: {"norm": np.array(clip)}}, {**notes, "unclipped": share}
+
+    def select(sites: Sequence[str], round: int) -> tuple[str, ...]:
+        assert secret is not None, "only the server draws cohorts, and it has the run's secret"
+        drawn = secret.generator("cohort", round).random(len(sites))
+        return tuple(site for site, value in zip(sorted(sites), drawn, strict=True) if value < terms.rate)
+
+    return replace(
+        strategy,
+        init=init,
+        sent=sent,
+        step=step,
+        select=select,
+        bound=lambda state: clip_of(state) * SLACK,
+        weighed={**strategy.weighed, **({COUNT: False} if adaptive else {})},
+        extra={**strategy.extra, **({COUNT: {"half": Spec("float32", ())}} if adaptive else {})},
+    )
+
+
+def noised(parts: Parts, std: float, secret: Secret, *labels: int | str) -> dict[str, Tree]:
+    """Return ``parts`` with normal noise of standard deviation ``std`` on every element, in their own dtypes."""
+    return {
+        part: {name: _noised(leaf, std, secret, *labels, part, name) for name, leaf in trees.leaves(tree).items()}
+        for part, tree in parts.items()
+    }
+
+
+def _noised(leaf: Any, std: float, secret: Secret, *labels: int | str) -> Any:
+    wide = trees.wide(leaf.dtype)
+    noise = secret.gaussian(leaf.shape, wide, std, *labels)
+    if trees.is_leaf(leaf):
+        return (leaf.astype(wide) + noise).astype(leaf.dtype)
+    return (leaf.astype(wide) + np.asarray(noise)).astype(leaf.dtype)
+
+
+def _noises(terms: Terms, expected: float) -> tuple[float, float]:
+    """Return the sum's noise multiplier, and the standard deviation of the noise of the count."""
+    total, adaptive = terms.noise_multiplier, terms.section.adaptive_clip
+    if adaptive is None:
+        return total, 0.0
+    count = adaptive.noise if adaptive.noise is not None else expected / 20
+    if total >= 2 * count:
+        raise PrivacyError(
+            f"A noise multiplier of {total:g} leaves nothing for the sum beside a count of noise {count:g}: that must "
+            f"be above {total / 2:g}. Set privacy.adaptive_clip.noise, ask more sites, or leave adaptive_clip out."
+        )
+    return (total**-2 - (2 * count) ** -2) ** -0.5, count
+
+
+def _inner(state: Parts) -> Parts:
+    return {part: tree for part, tree in state.items() if part != CLIP}
+
+
+def _zeros(model: Model) -> Mapping[str, Any]:
+    """Return the sum of nobody's updates."""
+    held = trees.floating(model.params)
+    return trees.Derived(held.keys(), lambda name: held[name] * held[name].dtype.type(0))
