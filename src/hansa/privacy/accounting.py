@@ -6,7 +6,8 @@ A release is a sum to which each unit contributes at most ``clip`` in L2 norm, p
 itself. Neighbouring data sets differ by one unit that is added or removed.
 
 ========  ==============================================================================================================
-pld       privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380)
+pld       privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380);
+          without sampling the exact ε of Gaussian noise (Balle and Wang 2018, arXiv:1805.06530)
 rdp       Rényi divergences (Mironov 2017, arXiv:1702.07476; Mironov et al. 2019, arXiv:1908.10530), turned into ε by
           Canonne, Kamath and Steinke 2020, arXiv:2004.00010
 zcdp      ρ adds up (Bun and Steinke 2016, arXiv:1605.02658), turned into ε in the same way; knows no sampling
@@ -42,6 +43,9 @@ LARGEST = 1e5
 """The largest noise multiplier that is looked for."""
 PRECISION = 1e-4
 """How close to the smallest sufficient noise multiplier the one found is, relatively; it always suffices."""
+
+_STEP = 1e-4
+"""The grid of privacy losses; wider where noise is so small that losses are large. Rounding is always upwards."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,23 @@ def epsilon_of_zcdp(rho: float, delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
-    if accountant == "pld" and (bound := _composed(releases, delta, "rdp")) > WORTHLESS:
-        return bound
-    name = "pld:PLDAccountant" if accountant == "pld" else "rdp:RdpAccountant"
-    book: Any = registry.load_object(f"dp_accounting.{name}")()
+    """Return the ε of releases that all have noise; those without sampling are together one Gaussian release."""
+    sampled = [r for r in releases if r.rate < 1]
+    precision = sum(r.count / r.noise_multiplier**2 for r in releases if r.rate >= 1)
+    if accountant == "pld" and not sampled:
+        exact: Any = registry.load_object("dp_accounting:get_epsilon_gaussian")
+        return float(exact(1 / math.sqrt(precision), delta))
     gaussian: Any = registry.load_object("dp_accounting:GaussianDpEvent")
-    sampled: Any = registry.load_object("dp_accounting:PoissonSampledDpEvent")
-    for release in releases:
-        event = gaussian(release.noise_multiplier)
-        book.compose(event if release.rate >= 1 else sampled(release.rate, event), release.count)
+    poisson: Any = registry.load_object("dp_accounting:PoissonSampledDpEvent")
+    if accountant == "pld":
+        step = _STEP * max(1.0, (0.5 / min(r.noise_multiplier for r in sampled)) ** 2)
+        book: Any = registry.load_object("dp_accounting.pld:PLDAccountant")(value_discretization_interval=step)
+    else:
+        book = registry.load_object("dp_accounting.rdp:RdpAccountant")()
+    if precision:
+        book.compose(gaussian(1 / math.sqrt(precision)))
+    for release in sampled:
+        book.compose(poisson(release.rate, gaussian(release.noise_multiplier)), release.count)
     return float(book.get_epsilon(delta))
 
 
