@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 
@@ -264,3 +265,98 @@ def test_sharded_state_is_gathered_and_corrected_on_every_rank(tmp_path):
                     p -= 0.05 * (p.grad + 0.5 * (p - start[name]))
     for name, leaf in net.state_dict().items():
         np.testing.assert_allclose(final(done)[name], leaf.numpy(), atol=1e-5)
+
+
+LLAMA_MODEL = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def make():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32))
+
+def rows():
+    return [{"input_ids": [(i + j) % 30 for j in range(8)], "labels": [(i + j) % 30 for j in range(8)]}
+            for i in range(8)]
+"""
+
+LLAMA_SCRIPT = """
+import json, os, sys
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+import hansa.client as flare
+from model import make, rows
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+way = sys.argv[1]
+fsdp = {"fsdp": "full_shard"} if way == "accelerate" else {}
+arguments = TrainingArguments("out", learning_rate=0.05, lr_scheduler_type="constant", max_grad_norm=0,
+                              per_device_train_batch_size=2, num_train_epochs=2, report_to=[], save_strategy="no",
+                              use_cpu=True, disable_tqdm=True, **fsdp)
+sharded = DistributedConfig(fsdp_size=2)
+net = LlamaForCausalLM.from_pretrained("first", distributed_config=sharded) if way == "transformers" else make()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+trainer = InOrder(net, arguments, train_dataset=rows(), eval_dataset=rows(), optimizers=(optimizer, None))
+flare.patch(trainer)
+while flare.is_running():
+    trainer.evaluate()
+    trainer.train()
+    if flare.is_evaluate():
+        continue
+    weight = net.lm_head.weight
+    here = weight.to_local() if hasattr(weight, "to_local") else weight
+    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    said = json.dumps([trainer.args.process_index, here.numel(), type(trainer.model_wrapped).__name__,
+                       whole[0].tolist()])
+    os.write(1, f"ROUND {said}\\n".encode())  # at once: ranks share the log
+torch.distributed.destroy_process_group()
+"""
+
+
+def plain_llama(mu, rounds=3):
+    """Return the model of one site in one process: two epochs of two batches of four rows a round."""
+    names: dict = {}
+    exec(LLAMA_MODEL, names)
+    net = names["make"]()
+    batch = {key: torch.tensor([row[key] for row in names["rows"]()]) for key in ("input_ids", "labels")}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(rounds):
+        start = {n: p.detach().clone() for n, p in net.named_parameters()}
+        for first in (0, 4) * 2:
+            optimizer.zero_grad()
+            net(**{key: rows[first : first + 4] for key, rows in batch.items()}).loss.backward()
+            for name, p in net.named_parameters():
+                p.grad += mu * (p.detach() - start[name])
+            optimizer.step()
+    return {name: leaf.numpy() for name, leaf in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("way", "held", "wrapped"),
+    [
+        ("transformers", 32 * 16 // 2, "FSDPLlamaForCausalLM"),
+        ("accelerate", 32 * 16, "DistributedDataParallel"),  # without a GPU accelerate takes fsdp for DDP, silently
+    ],
+)
+def test_a_sharded_trainer_is_plain_training_of_the_same_global_batch(tmp_path, way, held, wrapped):
+    names: dict = {}
+    exec(LLAMA_MODEL, names)
+    names["make"]().save_pretrained(tmp_path / "first")
+    recipe = {"launch": LAUNCH, "sites": 1}
+    strategy = {"name": "fedprox", "mu": 0.5}
+    done = run(a_job(tmp_path, LLAMA_SCRIPT, [way], model=LLAMA_MODEL, recipe=recipe, strategy=strategy))
+    got, expected = final(done), plain_llama(0.5)
+    assert got.keys() == expected.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(got[name], leaf, atol=1e-5)
+    log = (done.directory / "work" / "sites.log").read_text()
+    told = [json.loads(line.split("ROUND ")[1]) for line in log.splitlines() if "ROUND " in line]
+    assert {(here, kind) for _, here, kind, _ in told} == {(held, wrapped)}
+    ranks = [[row for rank, _, _, row in told if rank == number] for number in (0, 1)]
+    assert ranks[0] == ranks[1], "both ranks have the same model"
+    assert len(ranks[0]) == 3

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from hansa.core.config import parse
+from hansa.errors import QuorumError
 from hansa.simulation.run import run
 
 pytestmark = pytest.mark.timeout(240)
@@ -19,13 +20,17 @@ pytestmark = pytest.mark.timeout(240)
 MODEL = """
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 import PACKAGE as L
 
 class Net(L.LightningModule):
     def __init__(self, optimizer="sgd"):
         super().__init__()
-        self.layer = nn.Linear(3, 1)
+        self.layer = nn.Linear(3, 2)
         self.kind = optimizer
+    def configure_model(self):  # called by validate and by each fit
+        if self.device_mesh is not None and not isinstance(self.layer, FSDPModule):
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
     def training_step(self, batch, index):
         return nn.functional.mse_loss(self.layer(batch[0]), batch[1])
     def validation_step(self, batch, index):
@@ -42,7 +47,7 @@ def make():
 def rows(site):
     generator = torch.Generator().manual_seed(site)
     x = torch.randn(12, 3, generator=generator)
-    return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True) * site)
+    return torch.utils.data.TensorDataset(x, x[:, :2] * site + x.sum(1, keepdim=True))
 """
 
 SCRIPT = """
@@ -50,14 +55,21 @@ import json, os, sys, warnings
 import torch
 warnings.filterwarnings("ignore")
 import PACKAGE as L
+from PACKAGE.strategies import FSDPStrategy, ModelParallelStrategy
 import hansa.client.lightning as flare
 from model import Net, rows
 
 KIND, KEEP, PROCESSES = sys.argv[1], sys.argv[2] == "keep", int(sys.argv[3])
 net = Net(KIND)
+if sys.argv[4] == "fsdp":
+    strategy = FSDPStrategy(process_group_backend="gloo")
+elif sys.argv[4] == "fsdp2":
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+else:
+    strategy = sys.argv[4]
 trainer = L.Trainer(max_epochs=2, accelerator="cpu", devices=PROCESSES, logger=False, enable_checkpointing=False,
                     enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                    strategy=sys.argv[4], use_distributed_sampler=False)
+                    strategy=strategy, use_distributed_sampler=False)
 flare.patch(trainer, restore_state=KEEP)
 flare.patch(trainer)
 site = int((flare.get_site_name() or "1")[-1])
@@ -67,9 +79,12 @@ while flare.is_running():
     trainer.validate(net, loader(), verbose=False)
     before = trainer.global_step
     trainer.fit(net, loader())
+    if hasattr(net.layer, "reshard"):
+        net.layer.reshard()  # an evaluation leaves it whole
     weight = net.layer.weight
     whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    said = json.dumps([trainer.global_rank, flare.is_evaluate(), trainer.global_step - before,
+    here = weight.to_local() if hasattr(weight, "to_local") else weight
+    said = json.dumps([trainer.global_rank, here.numel(), trainer.global_step - before,
                        whole.flatten().tolist()])
     os.write(1, f"ROUND {said}\\n".encode())  # at once: ranks share the log
 if torch.distributed.is_initialized():
@@ -97,7 +112,7 @@ def a_job(folder, args, package="lightning.pytorch", **sections):
     )
 
 
-def by_hand(rounds=3, momentum=0.0, keep=False, sites=(1, 2), scaffold=False):
+def by_hand(rounds=3, momentum=0.0, keep=False, sites=(1, 2), scaffold=False, mu=0.0):
     """Return the federation's weights, computed in plain torch: two epochs of three batches a round."""
     names: dict = {}
     exec(MODEL.replace("PACKAGE", "lightning.pytorch"), names)
@@ -118,7 +133,7 @@ def by_hand(rounds=3, momentum=0.0, keep=False, sites=(1, 2), scaffold=False):
                     optimizer.zero_grad()
                     net.training_step(batch, 0).backward()
                     for name, parameter in net.named_parameters():
-                        parameter.grad += control[name] - own[site][name]
+                        parameter.grad += control[name] - own[site][name] + mu * (parameter.detach() - state[name])
                     optimizer.step()
             kept[site] = optimizer.state_dict()
             ends.append({n: v.clone() for n, v in net.state_dict().items()})
@@ -162,13 +177,20 @@ def test_scaffold_under_a_patched_trainer_of_the_older_package(tmp_path):
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp"])
-def test_two_processes_of_which_rank_0_talks(tmp_path, strategy):
-    args = ["sgd", "keep", "2", strategy]
-    done = run(a_job(tmp_path, args, recipe={"launch": LAUNCH, "sites": 1}, strategy={"name": "fedprox", "mu": 0.0}))
-    check(done, by_hand(sites=(1,)))
+@pytest.mark.parametrize(("strategy", "weights"), [("ddp", 6), ("fsdp2", 3)])
+def test_two_processes_of_which_rank_0_talks(tmp_path, strategy, weights):
+    args = ["momentum", "keep", "2", strategy]
+    done = run(a_job(tmp_path, args, recipe={"launch": LAUNCH, "sites": 1}, strategy={"name": "fedprox", "mu": 0.5}))
+    check(done, by_hand(sites=(1,), momentum=0.9, keep=True, mu=0.5))
     rounds = told(done)
+    assert {here for _, here, _, _ in rounds} == {weights}, "of 2 × 3 weights, what each rank holds"
     for rank in (0, 1):
         assert len([r for r in rounds if r[0] == rank]) == len(rounds) / 2
-    first = [weights for rank, _, _, weights in rounds if rank == 0]
-    assert first == [weights for rank, _, _, weights in rounds if rank == 1], "both ranks have the same model"
+    first = [model for rank, _, _, model in rounds if rank == 0]
+    assert first == [model for rank, _, _, model in rounds if rank == 1], "both ranks have the same model"
+
+
+def test_lightnings_first_fsdp_is_for_gpus_only_and_says_so(tmp_path):
+    args = ["sgd", "keep", "2", "fsdp"]
+    with pytest.raises(QuorumError, match="The strategy `fsdp` requires a GPU accelerator"):
+        run(a_job(tmp_path, args, recipe={"launch": LAUNCH, "sites": 1}))

@@ -22,6 +22,8 @@
 | FedProx, SCAFFOLD | work (``recipe.steps = "prepared"``); SCAFFOLD with ``optim = "sgd"`` |
 | several processes | DDP and FSDP under ``torchrun``: rank 0 talks, the others are sent what it received; |
 | | ``evaluate`` before the first ``train`` does not keep the model from being wrapped |
+| ``fsdp`` in the arguments, on a machine without a GPU | accelerate trains with DDP instead, and does not say so; |
+| | ``from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))`` shards on CPUs, too |
 | DeepSpeed | JobError: its state is not gathered |
 """
 

@@ -48,7 +48,8 @@ _LOG = logging.getLogger("hansa.script")
 _POLL_S = 0.05
 _GREETING_S = 10.0
 _END_S = 15.0
-_TAIL_LINES = 12
+_TAIL_LINES = 20
+_EPILOGUE = "(exitcode: "  # how torchrun begins a page about a rank that failed; the rank's own last lines come before
 
 
 class ReturnedError(SiteError):
@@ -268,9 +269,12 @@ class Started:
 
     def _read_output(self) -> None:
         assert self._process.stdout is not None
+        telling = True
         for line in self._process.stdout:
             text = line.decode(errors="replace")
-            self._tail.append(text)
+            telling = telling and _EPILOGUE not in text
+            if telling:
+                self._tail.append(text)
             _LOG.info("%s: %s", self._site, text.rstrip())
 
     def _close_door(self) -> None:

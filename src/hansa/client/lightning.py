@@ -20,6 +20,7 @@
 | random numbers | seeded at ``fit`` from ``meta["seed"]`` and the rank |
 | FedProx, SCAFFOLD | work with automatic and manual optimisation (``recipe.steps = "prepared"``); one optimiser |
 | several processes | DDP and FSDP under ``torchrun``: rank 0 talks, the others are sent what it received |
+| on CPUs | ``ModelParallelStrategy`` shards, if it is given its ``data_parallel_size``; ``FSDPStrategy`` is for GPUs |
 | ``module.__fl_meta__`` | a mapping that is sent as ``meta`` |
 """
 

@@ -6,6 +6,7 @@
 | a ``peft`` model | only the adapter travels, under the names of ``get_peft_model_state_dict`` |
 | DDP, ``torch.compile`` | the bare module's names |
 | FSDP, FSDP2 (``fully_shard``) | gathered to rank 0 on the CPU; only what is shared is gathered |
+| FSDP2 left a module whole after an evaluation | it is sharded again: whole tensors are not the optimiser's |
 | several processes | collective: every rank calls; what rank 0 received is sent to the others |
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from hansa.client import ranks
 from hansa.errors import ModelError, nearest
@@ -95,6 +97,9 @@ def _adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str] 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
     """Return the bare module's parameters, whatever its parts are wrapped in."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     wrappers = ("_orig_mod", "_fsdp_wrapped_module")
     return {
         ".".join(step for step in name.split(".") if step not in wrappers): parameter
