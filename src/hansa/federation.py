@@ -376,4 +376,5 @@ def _record(values: dict[str, Any]) -> RoundRecord:
         model=Model(values["version"], {}, {}),
         state={},
         acknowledged={},
+        logged=values.get("logged", {}),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
 import os
 import signal
@@ -22,9 +23,14 @@ import hansa.client as flare
 from hansa.client import script as api
 from hansa.client.host import Attached
 from hansa.client.link import Link
-from hansa.core.config import parse
-from hansa.core.values import Plan
+from hansa.client.tracking import Log
+from hansa.core import wire
+from hansa.core.config import PrivacySection, parse
+from hansa.core.filter import Given
+from hansa.core.values import MAX_NAME, MAX_NAMES, Plan, Update
 from hansa.errors import JobError, SiteError
+from hansa.privacy.plan import Terms
+from hansa.privacy.protect import bounded
 from hansa.recipes import script
 from hansa.simulation.run import run
 
@@ -373,3 +379,76 @@ def test_a_folder_that_others_may_enter_is_refused_and_so_is_a_wrong_token(tmp_p
     assert found[0][0] == {"type": "result"}
     host.kill()
     link.close()
+
+
+NOISY = """
+import hansa.client as flare
+from hansa.client.tracking import MLflowWriter, SummaryWriter, WandBWriter
+def Net():
+    import numpy as np
+    return {"w": np.zeros(1)}
+if __name__ == "__main__":
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        if flare.is_train():
+            first = 200 * model.current_round
+            for step in range(first, first + 200):
+                SummaryWriter().add_scalar("cost", step / 2, step)
+            SummaryWriter().add_scalars("rate", {"low": 1, "high": float("inf")})
+            WandBWriter().log({"norm": 2.5}, step=7)
+            MLflowWriter().log_params({"lr": 0.5})
+            MLflowWriter().log_text("words", "notes.txt")
+        else:
+            SummaryWriter().add_scalar("judged", 1.0)
+        flare.send(flare.FLModel(params=model.params, metrics={"loss": 1.0}))
+"""
+
+
+@pytest.mark.parametrize("engine", ["local", "processes"])
+def test_logged_numbers_end_beside_the_metrics(tmp_path, engine):
+    output = {"dir": str(tmp_path / "runs"), "tensorboard": True}
+    done = run(a_job(tmp_path, NOISY, rounds=2, engine={"name": engine}, output=output))
+    for record in done.records:
+        assert list(record["logged"]) == ["site-1", "site-2"]
+        assert record["logged"]["site-1"] == record["logged"]["site-2"]
+        first = 200 * (record["round"] - 1)
+        found = record["logged"]["site-1"]
+        assert found.pop("cost") == [[step, step / 2] for step in range(first, first + 200, 4)], "thinned to 64 at most"
+        assert found == {"rate/low": [[None, 1.0]], "rate/high": [[None, None]], "norm": [[7, 2.5]]}
+        assert "cost" not in str(record["metrics"])
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(done.directory / "tensorboard"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("site-2/logged/cost")]
+    assert steps == [*range(0, 200, 4), *range(200, 400, 4)]
+    assert [event.step for event in events.Scalars("site-1/logged/rate/low")] == [1, 2], "without a step: the round's"
+    assert np.isnan(events.Scalars("site-1/logged/rate/high")[0].value)
+
+
+def test_a_task_keeps_no_more_than_an_update_carries():
+    log = Log()
+    for step in range(1000):
+        log.add({"key": "a", "value": step, "data_type": "SCALAR", "with": {"global_step": step}})
+    assert log.numbers["a"] == [(step, float(step)) for step in range(0, 1000, 16)]
+    for number in range(100):
+        log.add({"key": f"{number:03d}" * 50, "value": 1, "data_type": "METRIC", "with": None})
+    assert len(log.numbers) == MAX_NAMES
+    assert max(map(len, log.numbers)) == MAX_NAME
+    odd = Log()
+    for value in (10**400, float("nan"), "text", None, {"x": 1}, True):
+        odd.add({"key": "k", "value": value, "data_type": "SCALAR", "with": {"global_step": 1 << 70}})
+    odd.add({"key": "", "value": 1, "data_type": "SCALAR", "with": {}})
+    odd.add({"value": [], "data_type": "SCALARS"})
+    assert odd.numbers == {"k": [(None, None), (None, None), (None, 1.0)]}
+    file = io.BytesIO()
+    wire.write_update(file, Update("a", 1, 0, {}, 1.0, {}, logged=log.numbers))
+    file.seek(0)
+    assert wire.read_update(file).logged == log.numbers
+
+
+def test_under_a_privacy_plan_logged_numbers_stay_at_the_site():
+    section = PrivacySection(mechanism="central", clip=1.0, noise_multiplier=1.0, delta=1e-5)
+    update = Update("a", 1, 0, {"delta": {"w": np.ones(2)}}, 1.0, {}, logged={"cost": [(0, 1.0)]})
+    sent, _ = bounded(Terms(section, 10, 1.0)).apply(update, Given({"delta": True}), {})
+    assert sent.logged == {}

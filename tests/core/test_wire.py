@@ -114,6 +114,11 @@ def update_head(parts: Any = None, **meta: Any) -> dict[str, Any]:
     sums=st.dictionaries(names, finite, max_size=3),
     completed=st.floats(0, 1, exclude_min=True),
     seconds=st.floats(0, 1e9),
+    logged=st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=100),
+        st.lists(st.tuples(st.none() | st.integers(-(2**63), 2**63 - 1), st.none() | finite), max_size=3),
+        max_size=3,
+    ),
 )
 def test_any_update_comes_back_as_it_was(**fields: Any) -> None:
     update = Update(**fields)
@@ -350,6 +355,14 @@ HOSTILE = {
     "no weight": update_head(weight=None),
     "an infinite weight": json.dumps(update_head(weight="@")).replace('"@"', "1e999").encode(),
     "NaN": json.dumps(update_head(weight=math.nan)).encode(),
+    "too many names logged": update_head(logged={str(number): [] for number in range(33)}),
+    "too long a name logged": update_head(logged={"n" * 101: []}),
+    "no name logged": update_head(logged={"": []}),
+    "too many numbers logged": update_head(logged={"n": [[0, 1.0]] * 65}),
+    "text logged": update_head(logged={"n": [[0, "1.0"]]}),
+    "an endless step logged": update_head(logged={"n": [[1 << 63, 1.0]]}),
+    "NaN logged": json.dumps(update_head(logged={"n": [[0, math.nan]]})).encode(),
+    "infinity logged": json.dumps(update_head(logged={"n": [[0, "@"]]})).replace('"@"', "1e999").encode(),
     "nothing completed": update_head(completed=0.0),
     "too much completed": update_head(completed=1.5),
     "negative time": update_head(seconds=-1.0),

@@ -24,7 +24,7 @@ Names and meanings follow the client API of NVIDIA FLARE, so that a script for i
 | ``is_evaluate()`` | this time only metrics are used; a script that trains all the same does no harm |
 | ``is_submit_model()`` | never: no workflow of Hansa asks a site for a model that it kept |
 | ``meta["seed"]`` | a 32-bit seed for this site and round: with it, the same job gives the same model |
-| ``log`` | goes to the site's own log; it does not leave the site |
+| ``log`` | goes to the site's own log; numbers logged in training also travel with the round's update |
 | the federation ends | ``is_running()`` is False; clean up and return |
 | the process that started the script is gone | the script is ended, in the middle of a step too; on every rank |
 | an attached process (``init(attach=...)``) | waits for a job, and outlives it: the next ``receive`` waits again |
@@ -519,7 +519,10 @@ def get_config() -> dict[str, Any]:
 
 
 def log(key: str, value: Any, data_type: AnalyticsDataType | str, **kwargs: Any) -> bool:
-    """Write a number, a text, or a table of them to the site's log; it stays at the site.
+    """Write a number, a text, or a table of them to the site's log.
+
+    Numbers (SCALAR, SCALARS, METRIC, METRICS) that are logged in training also travel with the update, as far as it
+    carries them (:mod:`hansa.client.tracking`); all else stays at the site.
 
     Args:
         key: its name.

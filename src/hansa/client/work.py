@@ -91,6 +91,7 @@ def encode(
         weight=work.num_examples / WEIGHT_SCALE,
         sums=dict(work.sums),
         completed=work.completed,
+        logged=work.logged,
     )
     lazy_memory = {owner: _lazily(own) for owner, own in memory.items()}
     update, remembered = filters.run(pieces, update, Given(strategy.weighed, plan.parts), lazy_memory)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from hansa.core.fit import Trait
 from hansa.core.strategy import Steps
 from hansa.core.tree import Parts, Tree
-from hansa.core.values import Absence, Chunk, Header, Plan
+from hansa.core.values import Absence, Chunk, Header, Logged, Plan
 
 
 @runtime_checkable
@@ -118,6 +118,7 @@ class Work:
         steps: how many steps were made, and their learning rates' sum.
         sums: what metrics are computed from; they are added over sites, then given to ``summarise``.
         completed: the share of the planned work done, in (0, 1].
+        logged: numbers for people, logged meanwhile.
     """
 
     params: Tree
@@ -125,6 +126,7 @@ class Work:
     steps: Steps
     sums: Mapping[str, float]
     completed: float = 1.0
+    logged: Logged = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ told apart by prefixes of tensor names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +93,15 @@ class Chunk:
     values: Array
 
 
+Logged = Mapping[str, Sequence[tuple[int | None, float | None]]]
+"""Numbers that a script logged: name -> (step, value), as they came; a value of None was NaN or infinite.
+
+They are for people: nothing is computed from them. An update carries at most ``MAX_NAMES`` names (of up to
+``MAX_NAME`` characters) with ``MAX_POINTS`` numbers each."""
+
+MAX_NAMES, MAX_NAME, MAX_POINTS = 32, 100, 64
+
+
 @dataclass(frozen=True)
 class Header:
     """What is known of an update before its tensors are read.
@@ -106,6 +115,7 @@ class Header:
         sums: what the metrics are computed from; the server adds them up over sites.
         completed: the share of the planned work that was done, in (0, 1].
         seconds: how long the site worked on it.
+        logged: numbers that the site's script logged meanwhile.
     """
 
     site: str
@@ -116,6 +126,7 @@ class Header:
     sums: Mapping[str, float]
     completed: float = 1.0
     seconds: float = 0.0
+    logged: Logged = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -125,7 +136,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Update:
-    """What one site returns for one plan: named parts, a weight, and sums."""
+    """What one site returns for one plan: named parts, a weight, sums, and what its script logged."""
 
     site: str
     round: int
@@ -135,6 +146,7 @@ class Update:
     sums: Mapping[str, float]
     completed: float = 1.0
     seconds: float = 0.0
+    logged: Logged = field(default_factory=dict)
 
     @property
     def header(self) -> Header:
@@ -149,6 +161,7 @@ class Update:
             self.sums,
             self.completed,
             self.seconds,
+            self.logged,
         )
 
     def chunks(self) -> Iterator[Chunk]:
@@ -222,6 +235,7 @@ class RoundRecord:
         bytes_down, bytes_up: tensor bytes sent to and received from all sites.
         seconds: wall-clock time.
         files: names in a checkpoint -> files that hold that already, while the record is being taken.
+        logged: site -> numbers that its script logged in local training.
     """
 
     job: str
@@ -239,6 +253,7 @@ class RoundRecord:
     state: Parts
     acknowledged: Mapping[str, int]
     files: Mapping[str, Path] = field(default_factory=dict)
+    logged: Mapping[str, Logged] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the record without its tensors, as JSON types."""
@@ -256,6 +271,10 @@ class RoundRecord:
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
             "seconds": self.seconds,
+            "logged": {
+                site: {name: [list(point) for point in points] for name, points in logged.items()}
+                for site, logged in self.logged.items()
+            },
         }
 
 

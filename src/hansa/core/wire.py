@@ -33,10 +33,10 @@ from xxhash import xxh3_64_intdigest as digest_of
 from hansa.core import tree as trees
 from hansa.core.lazy import Leaf, Memo
 from hansa.core.tree import Array, Parts, Spec, Tree
-from hansa.core.values import Chunk, Header, Plan, Task, Update
+from hansa.core.values import MAX_NAME, MAX_NAMES, MAX_POINTS, Chunk, Header, Plan, Task, Update
 from hansa.errors import ChecksumError, HansaError, NonFiniteError, StorageError, VersionError, WireError
 
-FORMAT = 2
+FORMAT = 3
 MAGIC = b"HANSA\0"
 MAX_HEADER_BYTES = 64 << 20
 MAX_TENSORS = 1 << 20
@@ -329,6 +329,11 @@ def _meta(envelope: Envelope, kind: str, shape: type[Any]) -> Any:
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
+_Step = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
+_Points = Annotated[list[tuple[_Step | None, float | None]], msgspec.Meta(max_length=MAX_POINTS)]
+
+
 class _UpdateMeta(msgspec.Struct, forbid_unknown_fields=True):
     site: str
     round: _Number
@@ -337,6 +342,7 @@ class _UpdateMeta(msgspec.Struct, forbid_unknown_fields=True):
     sums: dict[str, float]
     completed: Annotated[float, msgspec.Meta(gt=0, le=1)]
     seconds: Annotated[float, msgspec.Meta(ge=0)]
+    logged: Annotated[dict[_Name, _Points], msgspec.Meta(max_length=MAX_NAMES)] = {}
 
 
 class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True):
@@ -372,6 +378,7 @@ def write_update(file: BinaryIO, update: Update) -> int:
         sums,
         float(update.completed),
         float(update.seconds),
+        {name: list(points) for name, points in update.logged.items()},
     )
     return write(file, "update", msgspec.to_builtins(meta), update.parts)
 
@@ -437,6 +444,7 @@ def read_update(file: BinaryIO) -> Update:
         header.sums,
         header.completed,
         header.seconds,
+        header.logged,
     )
 
 
@@ -451,6 +459,7 @@ def _header(envelope: Envelope) -> Header:
         meta.sums,
         meta.completed,
         meta.seconds,
+        meta.logged,
     )
 
 

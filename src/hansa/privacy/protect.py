@@ -72,7 +72,7 @@ def bounded(terms: Terms) -> Filter:
         weight = 1.0
         if section.weight_cap is not None:
             weight = min(update.weight * WEIGHT_SCALE, section.weight_cap) / section.weight_cap
-        return replace(update, parts=parts, weight=weight, sums={}), {}
+        return replace(update, parts=parts, weight=weight, sums={}, logged={}), {}
 
     return Filter("privacy", frozenset({Trait.CLIPS}), apply)
 

@@ -20,6 +20,8 @@ through :mod:`hansa.client`. What it prints goes to the run's ``sites.log``. Its
 | a strategy that acts on steps (FedProx, SCAFFOLD) | needs ``steps = "prepared"``; else refused by the fit check |
 | under it, the script sends an update without ``prepare`` or ``patch`` | no update from the site in this round |
 | ``launch = ["-m", "torch.distributed.run", ...]`` | several processes; rank 0 talks |
+| what it logs in training | numbers go with the update, thinned to what an update carries (:mod:`hansa.core.values`); |
+| | in an evaluation, and whatever is no number: to the site's log only |
 | ``attached = true`` | nothing is started: a process that the owner runs by hand finds the job in |
 | | ``attach/SITE`` (``attach`` is a folder; by default what HANSA_ATTACH_DIR names) |
 """
@@ -43,6 +45,7 @@ import numpy as np
 from hansa import registry
 from hansa.client.host import Attached, ReturnedError, Started
 from hansa.client.link import PARAMS
+from hansa.client.tracking import Log
 from hansa.core import rng, storage
 from hansa.core import tree as trees
 from hansa.core.config import Job
@@ -118,6 +121,7 @@ class Script:
         self.traits = frozenset({Trait.STEPWISE, *unseen})
         self._weights: dict[str, float] = {}
         self._processes: dict[tuple[str, str], Started | Attached] = {}
+        self._logged: dict[str, Log] = {}
 
     def initial(self) -> Tree:
         """Return what ``model.factory`` gives.
@@ -147,6 +151,7 @@ class Script:
 
     def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
         """Let the site's script train from ``plan.params``."""
+        self._logged[site] = log = Log()
         answer, params = self._exchange(site, plan, "train", correction)
         if params is None:
             raise SiteError("The script sent no parameters: give FLModel(params=...) to send().", site=site)
@@ -164,10 +169,12 @@ class Script:
             raise SiteError(f"The script's weight (in meta) is {weight}; it must be above 0.", site=site)
         self._weights[site] = weight
         count = told.get("count") or max(1, int(answer["meta"].get("NUM_STEPS_CURRENT_ROUND", 1)))
-        return Work(trained, weight, Steps(count, told.get("lr_sum", 0.0)), _sums(answer["metrics"], weight))
+        steps = Steps(count, told.get("lr_sum", 0.0))
+        return Work(trained, weight, steps, _sums(answer["metrics"], weight), logged=log.numbers)
 
     def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
         """Return the metrics that the script gives for the received model, times the site's weight."""
+        self._logged.pop(site, None)
         answer, _ = self._exchange(site, plan, "evaluate")
         weight = answer["meta"].get("num_examples", self._weights.get(site, 1.0))
         return _sums(answer["metrics"], weight)
@@ -252,7 +259,7 @@ class Script:
                 "recipe.attached needs a folder in which the sites' processes find the job: set recipe.attach, or "
                 f"{ATTACH_DIR_VARIABLE} at the site."
             )
-        return Attached(site, self._job.path(folder).absolute() / site, functools.partial(_note, site))
+        return Attached(site, self._job.path(folder).absolute() / site, functools.partial(self._note, site))
 
     def _start(self, site: str) -> Started:
         own = self._job.engine.sites.get(site)
@@ -268,13 +275,14 @@ class Script:
         }
         interpreter = [self._options.python or sys.executable, *self._options.launch]
         command = [*interpreter, str(self._path), *self._options.args]
-        return Started(site, command, environment, self._job.path("."), functools.partial(_note, site))
+        return Started(site, command, environment, self._job.path("."), functools.partial(self._note, site))
 
-
-def _note(site: str, entry: Mapping[str, Any]) -> None:
-    """Write what the script gave to ``log`` into the site's log, as JSON."""
-    kept = {name: entry.get(name) for name in ("key", "value", "data_type", "with")}
-    _LOG.info("%s: %s", site, json.dumps({"logged": kept}))
+    def _note(self, site: str, entry: Mapping[str, Any]) -> None:
+        """Write what the script gave to ``log`` into the site's log, as JSON, and keep its numbers for the update."""
+        kept = {name: entry.get(name) for name in ("key", "value", "data_type", "with")}
+        _LOG.info("%s: %s", site, json.dumps({"logged": kept}))
+        if site in self._logged:
+            self._logged[site].add(entry)
 
 
 def _answer(found: tuple[dict[str, Any], dict[str, dict[str, Array]]], site: str) -> tuple[Any, Any]:

@@ -522,7 +522,8 @@ class Service:
         document = run.job.model_dump(mode="json")
         for private in ("directory", "output"):
             document.pop(private)
-        return JobView(_line(row), document, run.records, sites, activities, results_of(run.directory))
+        records = [{**record, "logged": {}} for record in run.records]  # that may be a lot: it is in metrics.jsonl
+        return JobView(_line(row), document, records, sites, activities, results_of(run.directory))
 
     def _doing(self, site: str, job: JobRow | None = None) -> list[str]:
         """Return what a site is at now, in words; for one job, or for all with their ids before it."""

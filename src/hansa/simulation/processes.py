@@ -421,4 +421,5 @@ class _Visit:
             answer.sums,
             answer.completed,
             answer.seconds,
+            answer.logged,
         )

@@ -142,6 +142,7 @@ class Answered(msgspec.Struct, tag=True):
     seconds: float
     spooled: bool
     metrics: dict[str, float] | None
+    logged: dict[str, list[tuple[int | None, float | None]]]
 
 
 class Absent(msgspec.Struct, tag=True):

@@ -159,6 +159,7 @@ class _Worker:
             reply.seconds,
             bool(reply.parts),
             metrics,
+            {name: list(points) for name, points in reply.logged.items()},
         )
 
     def _read(self, path: str) -> Plan:

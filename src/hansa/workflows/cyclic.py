@@ -17,7 +17,7 @@ from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.core.ports import SERVER, Cohort, Peers, topic
 from hansa.core.strategy import Strategy
-from hansa.core.values import Absence, Plan, RoundRecord, Snapshot
+from hansa.core.values import Absence, Logged, Plan, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError
 from hansa.workflows.evaluate import TRAINING, add, evaluate
@@ -92,6 +92,7 @@ async def cyclic(
             now.state,
             {},
             settled.files,
+            turn.logged,
         )
         try:
             yield record
@@ -105,6 +106,7 @@ class _Turns:
     accepted: list[str] = field(default_factory=list)
     absent: list[Absence] = field(default_factory=list)
     sums: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    logged: dict[str, Logged] = field(default_factory=dict)
 
 
 async def _turns(cohort: Cohort, peers: Peers, plan: Plan, asked: Sequence[str], now: Snapshot) -> _Turns:
@@ -120,6 +122,8 @@ async def _turns(cohort: Cohort, peers: Peers, plan: Plan, asked: Sequence[str],
             else:
                 turns.accepted.append(site)
                 turns.sums[site] = reply.header.sums
+                if reply.header.logged:
+                    turns.logged[site] = reply.header.logged
                 turns.inbox = topic(plan.job, site)
                 reply.release()
     return turns

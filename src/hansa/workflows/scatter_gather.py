@@ -19,7 +19,7 @@ from hansa.core.fold import Fold
 from hansa.core.ports import Cohort, Handle
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Layout, Tree
-from hansa.core.values import Absence, Aggregate, Plan, RoundRecord, Snapshot
+from hansa.core.values import Absence, Aggregate, Logged, Plan, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError, WireError
 from hansa.workflows.evaluate import TRAINING, Scores, evaluate
@@ -118,6 +118,7 @@ class _Gathered:
     acknowledge: dict[str, int] = field(default_factory=dict)
     sums: dict[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, Logged] = field(default_factory=dict)
     bytes_up: int = 0
 
 
@@ -199,6 +200,8 @@ def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle)
     gathered.acknowledge[header.site] = header.round
     gathered.sums[header.site] = header.sums
     gathered.seconds[header.site] = header.seconds
+    if header.logged:
+        gathered.logged[header.site] = header.logged
     gathered.bytes_up += header.num_bytes
     return None
 
@@ -260,6 +263,7 @@ async def _record(
         model=now.model,
         state=now.state,
         acknowledged=now.acknowledged,
+        logged=dict(sorted(gathered.logged.items())),
     )
 
 
