@@ -26,6 +26,13 @@ def test_a_script_of_ones_own(tmp_path):
     assert done.records[-1]["accepted"] == ["site-1", "site-2", "site-3", "site-4"]
 
 
+def test_a_patched_trainer(tmp_path):
+    job = config.load(EXAMPLES / "patched_trainer" / "job.toml", [f"output.dir={tmp_path}"])
+    done = run(job)
+    scores = [record["metrics"]["eval_accuracy"] for record in done.records]
+    assert scores[-1] > 0.7 > 0.6 > scores[0], "a site alone knows five of ten classes well"
+
+
 @pytest.mark.parametrize(
     ("example", "data", "files", "metric"),
     [
