@@ -209,6 +209,10 @@ def test_a_private_run_tells_what_it_promises_and_no_more(tmp_path):
         assert not any(name.startswith("train_") and name != "train_seconds" for name in record["metrics"])
         for metrics in record["site_metrics"].values():
             assert not {"train_loss", "train_examples"} & metrics.keys()
+        assert (record["asked"], record["accepted"], record["bytes_up"]) == ([], [], 0)
+    assert any(record["asked"] for record in done.records), "the operator knows"
+    page = (done.directory / "report.html").read_text()
+    assert "against the public rests on it" in page
     assert list(done.directory.rglob("*.key")) == [], "the secret goes when the run is finished"
     json.dumps(report["privacy"])
 

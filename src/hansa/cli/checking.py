@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from hansa.core.ports import SiteReport
 from hansa.core.strategy import Steps
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Update
-from hansa.errors import FitError, HansaError
-from hansa.runs.carrier import pieces_of, refusal
+from hansa.errors import FitError, HansaError, PrivacyError
+from hansa.privacy.plan import NOT_COVERED, PrivacyPlan, terms_of_job
+from hansa.runs.carrier import pieces_of, promise, refusal
 from hansa.runs.engine import inspect_all
 from hansa.simulation.engines import open_engine
 from hansa.sinks.text import size
@@ -70,10 +71,13 @@ class Findings:
     pieces: Sequence[Piece]
     conflicts: Sequence[Conflict]
     costs: Costs | None
+    privacy: PrivacyPlan | PrivacyError | None
 
     @property
     def error(self) -> HansaError | None:
         """Why the job can't run, if it can't."""
+        if isinstance(self.privacy, PrivacyError):
+            return self.privacy
         if self.conflicts:
             return FitError("\n".join(str(conflict) for conflict in self.conflicts), job=self.job.name)
         return refusal(self.job, len(self.sites), self.refused)
@@ -98,11 +102,17 @@ def check(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
 
 async def _find(job: Job, folder: Path) -> Findings:
     async with open_engine(job, folder) as engine:
-        course = Course(job.name, tuple(engine.sites), job.strategy, tuple(job.filters))
-        pieces = pieces_of(job, engine.traits, course)
+        plain = Course(job.name, tuple(engine.sites), job.strategy, tuple(job.filters))
+        pieces = pieces_of(job, engine.traits, plain)
         reports, refused = await inspect_all(engine)
-        costs = None if refused or not reports else estimate(job, course, pieces, await engine.initial())
-    return Findings(job, reports, refused, pieces, conflicts(pieces), costs)
+        privacy: PrivacyPlan | PrivacyError | None
+        try:
+            privacy = promise(job, len(engine.sites), reports)
+            course = replace(plain, terms=terms_of_job(job))
+            costs = None if refused or not reports else estimate(job, course, pieces, await engine.initial())
+        except PrivacyError as error:
+            privacy, costs = error, None
+    return Findings(job, reports, refused, pieces, conflicts(pieces), costs, privacy)
 
 
 def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -> Costs:
@@ -148,6 +158,7 @@ def _document(found: Findings) -> dict[str, Any]:
             for p in found.pieces
         ],
         "costs": asdict(costs) if costs else None,
+        "privacy": found.privacy.as_json() if isinstance(found.privacy, PrivacyPlan) else None,
     }
 
 
@@ -160,6 +171,10 @@ def _tell(to: Console, found: Findings) -> None:
     to.print(_piece_table(found.pieces))
     if found.costs:
         to.print(_cost_table(found.costs))
+    if isinstance(found.privacy, PrivacyPlan):
+        to.print(_privacy_table(found.privacy))
+        for warning in found.privacy.warnings:
+            to.print(Text(warning, "yellow"))
     if found.error is None:
         to.print(Text("The pieces compose and every site can take part.", "green"))
 
@@ -191,6 +206,22 @@ def _piece_table(pieces: Sequence[Piece]) -> Table:
     for piece in pieces:
         traits = "; ".join(sorted(trait.value for trait in piece.traits))
         table.add_row(piece.family, Text(piece.name), Text(traits or "–"))
+    return table
+
+
+def _privacy_table(plan: PrivacyPlan) -> Table:
+    table = _table(f"What it promises, at δ = {plan.terms.section.delta:g}")
+    for title in ("against", "ε", "because"):
+        table.add_column(title)
+    for claim in plan.claims:
+        shown = "none" if claim.epsilon is None else f"{claim.epsilon:.3g}"
+        table.add_row(claim.adversary, Text(shown, "bold"), claim.because)
+    table.add_section()
+    table.add_row("hidden", "", plan.unit)
+    table.add_row("neighbours", "", plan.neighbours)
+    table.add_row("sampling", "", plan.sampling)
+    table.add_row("noise", "", f"{plan.terms.noise_multiplier:.4g} times the clip of {plan.terms.section.clip:g}")
+    table.add_row("not covered", "", "; ".join(NOT_COVERED))
     return table
 
 

@@ -24,8 +24,10 @@ zcdp      ρ adds up (Bun and Steinke 2016, arXiv:1605.02658), turned into ε in
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -37,13 +39,14 @@ from hansa.errors import PrivacyError
 
 Accountant = Literal["pld", "rdp", "zcdp"]
 
-WORTHLESS = 100.0
+WORTHLESS = 1e4
 """An ε that promises nothing to anybody; above it precision is not worth its memory."""
 LARGEST = 1e5
 """The largest noise multiplier that is looked for."""
 PRECISION = 1e-4
 """How close to the smallest sufficient noise multiplier the one found is, relatively; it always suffices."""
 
+_SMALLEST = 1e-3
 _STEP = 1e-4
 """The grid of privacy losses; wider where noise is so small that losses are large. Rounding is always upwards."""
 
@@ -100,6 +103,8 @@ def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountan
         return float(exact(1 / math.sqrt(precision), delta))
     gaussian: Any = registry.load_object("dp_accounting:GaussianDpEvent")
     poisson: Any = registry.load_object("dp_accounting:PoissonSampledDpEvent")
+    if accountant == "pld" and (bound := _composed(releases, delta, "rdp")) > WORTHLESS:
+        return bound
     if accountant == "pld":
         step = _STEP * max(1.0, (0.5 / min(r.noise_multiplier for r in sampled)) ** 2)
         book: Any = registry.load_object("dp_accounting.pld:PLDAccountant")(value_discretization_interval=step)
@@ -107,9 +112,22 @@ def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountan
         book = registry.load_object("dp_accounting.rdp:RdpAccountant")()
     if precision:
         book.compose(gaussian(1 / math.sqrt(precision)))
-    for release in sampled:
-        book.compose(poisson(release.rate, gaussian(release.noise_multiplier)), release.count)
+    with _quiet():
+        for release in sampled:
+            book.compose(poisson(release.rate, gaussian(release.noise_multiplier)), release.count)
     return float(book.get_epsilon(delta))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the accountant's warnings of orders that it does without: the bound holds without them."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @lru_cache(maxsize=256)
@@ -132,12 +150,16 @@ def noise_for(target: float, delta: float, rate: float, count: int, accountant: 
                 "Ask for a larger epsilon, fewer rounds, or a smaller sample."
             )
     low = high / 2
-    while low > 1e-3 and enough(low):
+    while low > _SMALLEST and enough(low):
         high, low = low, low / 2
-    while high / low > 1 + PRECISION:
-        middle = math.sqrt(low * high)
-        if enough(middle):
-            high = middle
-        else:
-            low = middle
+
+    def excess(exponent: float) -> float:
+        found = epsilon([Release(math.exp(exponent), rate, count)], delta, accountant)
+        return math.log(max(found, target / 10) / target)
+
+    if not enough(low):
+        root: Any = registry.load_object("scipy.optimize:brentq")
+        high = math.exp(root(excess, math.log(low), math.log(high), xtol=PRECISION / 4))
+    while not enough(high):
+        high *= 1 + PRECISION / 2
     return high

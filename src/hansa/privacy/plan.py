@@ -5,7 +5,8 @@ Clip, noise, sampling and accountant are taken from here by the code that runs a
 that is shown is the ε of what ran. A promise names its adversary:
 
 ===============  ============================================================================================
-the public       whoever gets the models, of every round or the last, and can't see who took part when
+the public       whoever gets the models, of every round or the last, and the report; where cohorts are secret it does
+                 not tell who took part. The run's log and ``metrics.jsonl`` do, and are the operator's
 the sites        all sites but one's own together; they get every round's model, and know when they took part
 the server       its operator, who sees every update as it arrives
 ===============  ============================================================================================
@@ -20,9 +21,7 @@ dp-sgd     an example                  one added or removed    ε of each site b
 dp-ftrl    a site (a user's device)    one added or removed    ε, without sampling          nothing
 =========  ==========================  ======================  ===========================  =================
 
-What no ε here covers, and every plan says: metrics on held-out data, what a site tells of its data before training
-(counts; the numbers of its labels are left out of reports), that a site is online at all, and hyper-parameters that
-were chosen on the same data.
+What no ε here covers stands in every plan: :data:`NOT_COVERED`.
 """
 
 from __future__ import annotations
@@ -40,6 +39,13 @@ FEW_SITES = 100
 
 SLACK = 1 + 2.0**-8
 """What an update's norm may exceed the clip by, through rounding to half precision; noise is that much larger."""
+
+NOT_COVERED = (
+    "metrics on held-out data",
+    "the number of examples that a site reports",
+    "when a site is online, and for how long it works",
+    "hyper-parameters chosen on the same data",
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,11 @@ class PrivacyPlan:
     claims: tuple[Claim, ...]
     warnings: tuple[str, ...]
 
+    @property
+    def secret_cohorts(self) -> bool:
+        """Whether a claim rests on nobody's knowing who took part in a round."""
+        return self.terms.section.mechanism == "central" and self.terms.rate < 1
+
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
         section = self.terms.section
@@ -133,6 +144,8 @@ class PrivacyPlan:
             "accountant": section.accountant,
             "claims": [asdict(claim) for claim in self.claims],
             "warnings": list(self.warnings),
+            "secret_cohorts": self.secret_cohorts,
+            "not_covered": list(NOT_COVERED),
         }
 
 

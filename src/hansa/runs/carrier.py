@@ -22,7 +22,7 @@ from hansa.core.fit import Piece, Trait, check_fit
 from hansa.core.ports import Cohort, SiteReport
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
-from hansa.core.values import RoundRecord, Snapshot
+from hansa.core.values import TRAINING, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import DataError, HansaError, MissingExtraError
 from hansa.privacy.draws import Secret
@@ -131,8 +131,7 @@ class _Carrier:
         return reports
 
     def _promise(self, sites: Sequence[SiteReport]) -> PrivacyPlan | None:
-        fewest = min(report.counts.get("train", 0) for report in sites)
-        plan = plan_of(self._job, len(self._engine.sites), fewest or None)
+        plan = promise(self._job, len(self._engine.sites), sites)
         if plan is not None:
             for claim in plan.claims:
                 self._progress.say(f"Privacy: {claim}")
@@ -231,6 +230,9 @@ class _Carrier:
                 shutil.rmtree(target) if target.is_dir() else target.unlink()
             item.replace(target)
         export.rmdir()
+        records = read_records(self._directory / "metrics.jsonl")
+        if plan is not None and plan.secret_cohorts:
+            records = [_without_cohort(record) for record in records]
         report = {
             "format": runs.FORMAT,
             "run": self._directory.name,
@@ -241,7 +243,7 @@ class _Carrier:
             "seconds": seconds,
             "sites": [asdict(site) if plan is None else asdict(replace(site, labels={})) for site in sites],
             "privacy": None if plan is None else plan.as_json(),
-            "rounds": read_records(self._directory / "metrics.jsonl"),
+            "rounds": records,
             "model": {
                 "round": chosen.round,
                 "parameters": sum(leaf.size for leaf in params.values()),
@@ -262,6 +264,26 @@ class _Carrier:
         before = await self._engine.show(initial)
         after = await self._engine.show(params)
         return [{"prompt": p, "before": before[p], "after": after[p]} for p in before]
+
+
+def _without_cohort(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a round's record without what tells who took part; the run's own metrics keep it for the operator."""
+    judged = {
+        site: {name: value for name, value in values.items() if not name.startswith(TRAINING)}
+        for site, values in record["site_metrics"].items()
+    }
+    hidden = {"asked": [], "accepted": [], "absent": [], "bytes_down": 0, "bytes_up": 0, "seconds": 0.0}
+    return {**record, **hidden, "site_metrics": judged}
+
+
+def promise(job: Job, num_sites: int, reports: Sequence[SiteReport]) -> PrivacyPlan | None:
+    """Return a job's privacy plan over the sites that have reported, or None if it promises nothing.
+
+    Raises:
+        PrivacyError: a piece of the plan contradicts another.
+    """
+    fewest = min((report.counts.get("train", 0) for report in reports), default=0)
+    return plan_of(job, num_sites, fewest or None)
 
 
 def refusal(job: Job, ready: int, errors: Mapping[str, HansaError]) -> HansaError | None:
@@ -291,6 +313,10 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
     strategy, filters = course.pieces()
     plain = job.train.optimizer == "sgd" and not job.train.momentum
     steps = frozenset() if plain else frozenset({Trait.ADAPTIVE_STEPS})
+    training = program_traits - {Trait.VECTORISED} - steps
+    if Trait.BOUNDS_EXAMPLES not in training:  # so a program that knows nothing of dp-sgd is refused under it
+        training |= {Trait.WHOLE_BATCHES}
+    clips = frozenset() if job.train.clip_grad is None else frozenset({Trait.BATCH_CLIP})
     cohort: set[Trait] = set()
     if job.cohort.deadline_s is not None:
         cohort.add(Trait.TIMED)
@@ -301,8 +327,8 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
     return [
         Piece("strategy", strategy.name, strategy.traits),
         *(Piece("filter", piece.name, piece.traits) for piece in filters),
-        Piece("recipe", job.recipe.name, program_traits - {Trait.VECTORISED} - steps),
-        Piece("optimizer", job.train.optimizer, steps),
+        Piece("recipe", job.recipe.name, training),
+        Piece("optimizer", job.train.optimizer, steps | clips),
         Piece("workflow", workflow.name, workflow.traits),
         Piece("cohort", "policy", frozenset(cohort)),
         Piece("engine", job.engine.name, frozenset(vectorised)),
@@ -314,7 +340,7 @@ def _promises(job: Job) -> list[Piece]:
     """Return a job's privacy plan, and the baselines that would go around it."""
     if job.privacy is None:
         return []
-    hides = frozenset() if job.privacy.mechanism == "dp-sgd" else frozenset({Trait.PRIVATE})
+    hides = frozenset({Trait.PER_EXAMPLE if job.privacy.mechanism == "dp-sgd" else Trait.PRIVATE})
     names = [name for name in ("local", "central") if getattr(job.baselines, name)]
     baselines = [Piece("baseline", name, frozenset({Trait.UNPROTECTED})) for name in names]
     return [Piece("privacy", job.privacy.mechanism, hides), *baselines]

@@ -88,10 +88,17 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "absent": [(r["round"], entry) for r in rounds for entry in r["absent"]],
         "sites": [entry["site"] for entry in report["sites"]],
         "training": TRAINING,
+        "privacy": report.get("privacy"),
+        "secret": _is_secret(report),
         "strategy": _choice(report["job"]["strategy"]),
         "recipe": report["job"]["recipe"]["name"],
         "resolved": json.dumps(report["job"], indent=2, ensure_ascii=False),
     }
+
+
+def _is_secret(report: Mapping[str, Any]) -> bool:
+    """Say whether a promise rests on nobody's knowing who took part in a round."""
+    return bool(report.get("privacy") and report["privacy"]["secret_cohorts"])
 
 
 def _choice(value: Mapping[str, Any]) -> str:
@@ -176,7 +183,7 @@ def _figures(report: Mapping[str, Any], plots: ModuleType) -> list[dict[str, str
         note = "What each site's own training reported, averaged over its steps of the round."
         add("loss", "Training loss at each site", note, plots.lines_a_site(losses, "training loss"))
     figures += _data_figures(report["sites"], plots)
-    if rounds:
+    if rounds and not _is_secret(report):
         numbers = [r["round"] for r in rounds]
         down, up = [r["bytes_down"] for r in rounds], [r["bytes_up"] for r in rounds]
         note = "Tensor bytes to and from all sites of a round."
