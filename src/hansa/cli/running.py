@@ -133,7 +133,8 @@ def tell(to: Console, finished: Run) -> None:
         to.print(Text.assemble((f"  {name:<8}", "dim"), str(path)), soft_wrap=True)
     sent = sum(r["bytes_down"] + r["bytes_up"] for r in report["rounds"])
     rounds = len(report["rounds"])
-    to.print(Text(f"  {rounds} rounds, {size(sent)} sent, {duration(report['seconds'])}", "dim"))
+    moved = f", {size(sent)} sent" if sent else ""  # a report that hides cohorts does not tell
+    to.print(Text(f"  {rounds} rounds{moved}, {duration(report['seconds'])}", "dim"))
     to.print()
     to.print(Text(_next(finished.directory)), soft_wrap=True)
 
