@@ -19,6 +19,7 @@ Guarantees, each held by a test:
 | ``max_seconds`` runs out | at least one step is made; ``completed`` is the share of the planned steps |
 | a torch module that normalises over the batch (BatchNorm) | ModelError: it is no function of its parameters |
 | a torch module with dropout | trained one site at a time, from a generator seeded by (seed, round, site) |
+| dp-sgd | :mod:`hansa.privacy.steps` in place of the batches above; a NaN loss is not told of |
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from hansa.core.strategy import Steps
 from hansa.core.tree import Array, Tree
 from hansa.core.values import Plan
 from hansa.errors import DataError, JobError, ModelError, NonFiniteError, nearest
+from hansa.privacy.steps import NoisySteps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +61,9 @@ Metric = Callable[[Any, Any], Any]
 
 EXAMPLES = "examples"
 """The metric sum that counts rows; every other one is divided by it."""
+
+EACH_BYTES = 256 << 20
+"""What the gradients of single rows, held at once, may take, about."""
 
 
 def _same_arrays(arrays: Sequence[Array]) -> Batch:
@@ -79,6 +84,8 @@ class Functional:
         feed: what a batch's arrays are turned into once, before they are lifted (dtypes).
         scope: ``(seed, *labels)`` -> a context in which the framework's generator is seeded.
         vectorised: whether ``gradient`` may be mapped over many sites by ``torch.func.vmap``.
+        clipped: ``(params, batch, clip) -> the sum of the rows' gradients``, each clipped to a joint norm, and zero
+            where it is NaN or infinite; None where a row's gradient can't be had, and dp-sgd is then refused.
     """
 
     params: Tree
@@ -89,6 +96,7 @@ class Functional:
     feed: Callable[[Sequence[Array]], Sequence[Array]] = _same_arrays
     scope: Callable[..., contextlib.AbstractContextManager[None]] = lambda *labels: contextlib.nullcontext()
     vectorised: bool = False
+    clipped: Callable[[AnyTree, Batch, float], AnyTree] | None = None
 
 
 def of_numpy(params: Tree, value_and_grad: ValueAndGrad, rows: PerRow | None = None) -> Functional:
@@ -115,7 +123,18 @@ def of_numpy(params: Tree, value_and_grad: ValueAndGrad, rows: PerRow | None = N
     def whole(params: AnyTree, batch: Batch) -> Mapping[str, Any]:
         return {"loss": np.full(len(batch[-1]), value_and_grad(params, batch)[0])}
 
-    return Functional({name: np.array(leaf) for name, leaf in params.items()}, gradient, rows or whole)
+    def clipped(params: AnyTree, batch: Batch, clip: float) -> AnyTree:
+        found = {name: np.zeros_like(leaf) for name, leaf in params.items()}
+        for row in range(len(batch[-1])):
+            _, grads = value_and_grad(params, tuple(array[row : row + 1] for array in batch))
+            norm = math.sqrt(sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in grads.values()))
+            if math.isfinite(norm):
+                factor = min(1.0, clip / norm) if norm else 1.0
+                found = {name: total + grads[name] * factor for name, total in found.items()}
+        return found
+
+    start = {name: np.array(leaf) for name, leaf in params.items()}
+    return Functional(start, gradient, rows or whole, clipped=clipped)
 
 
 def of_torch(
@@ -137,6 +156,7 @@ def of_torch(
         MissingExtraError: torch is not installed.
     """
     torch = _torch()
+    from hansa.client import clipped as bounded
     from hansa.client import torch as bridge
 
     module = copy.deepcopy(module)
@@ -170,6 +190,21 @@ def of_torch(
         grads, (_, sums) = torch.func.grad_and_value(mean, has_aux=True)(dict(params))
         return sums, grads
 
+    def clipped(params: AnyTree, batch: Batch, clip: float) -> AnyTree:
+        def one(params: AnyTree, *row: Any) -> Any:
+            *inputs, targets = (array[None] for array in row)
+            return losses(torch.func.functional_call(training, dict(params), tuple(inputs)), targets).sum()
+
+        each = torch.func.vmap(torch.func.grad(one), (None, *[0] * len(batch)), randomness="different")
+        size = sum(leaf.nbytes for leaf in params.values())
+        taken = max(1, EACH_BYTES // size)
+        found = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
+        for start in range(0, len(batch[-1]), taken):
+            grads = each(dict(params), *(array[start : start + taken] for array in batch))
+            for name, total in bounded.clipped(grads, clip).items():
+                found[name] += total
+        return found
+
     def rows(params: AnyTree, batch: Batch) -> Mapping[str, Any]:
         with torch.inference_mode():
             return {name: bridge.to_array(values) for name, values in rows_of(judging, params, batch).items()}
@@ -191,6 +226,7 @@ def of_torch(
         feed=feed,
         scope=bridge.seeded,
         vectorised=not dropout,
+        clipped=clipped,
     )
 
 
@@ -262,6 +298,7 @@ class FunctionalProgram:
         optimizer: the local optimiser.
         labels: the names of integer targets, for the report.
         write: ``(params, directory)``; one safetensors file by default.
+        noisy: ``examples -> the draws of a round`` of DP-SGD, in place of plain steps.
     """
 
     functional: Functional
@@ -270,13 +307,19 @@ class FunctionalProgram:
     optimizer: Optimizer | None = None
     labels: Sequence[str] | None = None
     write: Callable[[Tree, Path], None] | None = None
+    noisy: Callable[[int], NoisySteps] | None = None
     _kept: dict[str, Examples] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def traits(self) -> frozenset[Trait]:
-        """Functional; stepwise only where the gradient can't be mapped over sites."""
-        stepwise = frozenset() if self.functional.vectorised else frozenset({Trait.STEPWISE})
-        return stepwise | (frozenset({Trait.TIMED}) if self.section.max_seconds else frozenset())
+        """Functional; stepwise only where the gradient can't be mapped over sites, as with secret draws."""
+        private = self.noisy is not None
+        found = {
+            Trait.STEPWISE: private or not self.functional.vectorised,
+            Trait.TIMED: bool(self.section.max_seconds),
+            Trait.BOUNDS_EXAMPLES: private and self.functional.clipped is not None,
+        }
+        return frozenset(trait for trait, holds in found.items() if holds)
 
     @property
     def sites(self) -> Sequence[str]:
@@ -349,6 +392,8 @@ class FunctionalProgram:
         """
         f = self.functional
         data = self.examples(site).train
+        if self.noisy is not None:
+            return self._privately(self.noisy(len(data[-1])), data, plan, correction)
         planned = num_steps(self.section, len(data[-1]))
         params: AnyTree = self.lifted(trees.floating(plan.params))
         context = {part: self.lifted(tree) for part, tree in correction.context.items()} if correction else {}
@@ -379,6 +424,31 @@ class FunctionalProgram:
         trained = {name: f.lower(leaf) for name, leaf in params.items()}
         steps = Steps(count, count * optimizer.lr)
         return Work({**plan.params, **trained}, len(data[-1]), steps, {**sums, EXAMPLES: seen}, count / planned)
+
+    def _privately(self, noisy: NoisySteps, data: tuple[Array, ...], plan: Plan, correction: Correction | None) -> Work:
+        """Make a round of DP-SGD; metrics of its batches are not kept."""
+        f = self.functional
+        assert f.clipped is not None, "the fit check refuses it"
+        params: AnyTree = self.lifted(trees.floating(plan.params))
+        context = {part: self.lifted(tree) for part, tree in correction.context.items()} if correction else {}
+        optimizer = self.local_optimizer
+        state = optimizer.init(params)
+        count = 0
+        begun = time.monotonic()
+        with f.scope(noisy.seed):
+            for step, rows in enumerate(noisy.batches()):
+                sums = f.clipped(params, tuple(f.lift(array[rows]) for array in data), noisy.clip)
+                grads: AnyTree = self.lifted(noisy.noised(step, {name: f.lower(leaf) for name, leaf in sums.items()}))
+                if correction:
+                    grads = correction.adjust(context, params, grads)
+                params, state = optimizer.update(params, grads, state)
+                count += 1
+                limit = self.section.max_seconds
+                if limit is not None and time.monotonic() - begun >= limit:
+                    break
+        trained = {name: f.lower(leaf) for name, leaf in params.items()}
+        steps = Steps(count, count * optimizer.lr)
+        return Work({**plan.params, **trained}, len(data[-1]), steps, {}, count / noisy.count)
 
     def batches(self, site: str, plan: Plan) -> Any:
         """Return the endless batches of row numbers of a site in a round."""

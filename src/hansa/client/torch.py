@@ -27,6 +27,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hansa.core import rng
@@ -35,6 +36,7 @@ from hansa.core.ports import Correction
 from hansa.core.strategy import Steps
 from hansa.core.tree import Array, Tree
 from hansa.errors import ModelError, NonFiniteError
+from hansa.privacy.steps import NoisySteps
 
 Sums = dict[str, float]
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]]
@@ -156,6 +158,44 @@ def train(
         if section.max_seconds is not None and time.monotonic() - begun >= section.max_seconds:
             break
     return Trained(Steps(count, count * section.lr), sums, count / planned)
+
+
+def train_privately(
+    trainable: Mapping[str, Tensor],
+    noisy: NoisySteps,
+    sums: Callable[[NDArray[np.int64]], Mapping[str, Tensor]],
+    section: TrainSection,
+    correction: Correction | None = None,
+) -> Trained:
+    """Make the optimiser steps of a round of DP-SGD in place; metrics of the batches are not kept.
+
+    Args:
+        trainable: the parameters that the optimiser moves, by their names in the shared tree.
+        noisy: the round's draws.
+        sums: ``row numbers -> name -> the sum of their clipped gradients``, on float32 tensors; it is given at most
+            ``section.batch_size`` rows at once.
+        section: optimiser, learning rate, time limit (seconds).
+        correction: what the strategy does to each gradient, after the noise.
+    """
+    stepper = optimizer(section, trainable.values())
+    adjust = _lifted(correction, trainable) if correction else None
+    count = 0
+    begun = time.monotonic()
+    for step, rows in enumerate(noisy.batches()):
+        total = {name: torch.zeros_like(tensor) for name, tensor in trainable.items()}
+        for start in range(0, len(rows), section.batch_size):
+            for name, part in sums(rows[start : start + section.batch_size]).items():
+                total[name] += part
+        noised = noisy.noised(step, {name: to_array(tensor) for name, tensor in total.items()})
+        for name, tensor in trainable.items():
+            tensor.grad = to_tensor(noised[name]).to(tensor.device)
+        if adjust:
+            adjust()
+        stepper.step()
+        count += 1
+        if section.max_seconds is not None and time.monotonic() - begun >= section.max_seconds:
+            break
+    return Trained(Steps(count, count * section.lr), {}, count / noisy.count)
 
 
 def _at_most(count: int, items: Iterable[Any]) -> Iterator[Any]:

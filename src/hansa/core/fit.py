@@ -31,6 +31,10 @@ class Trait(Enum):
     ENCODES = "changes an update's dtype or form for the wire"
     SERVER_STEP = "does more at the server than add the mean update"
     PRIVATE = "hides one site's whole update in noise"
+    PER_EXAMPLE = "bounds every single example's gradient, on batches drawn in secret"
+    BOUNDS_EXAMPLES = "can bound what each example does to a step"
+    WHOLE_BATCHES = "bounds no single example"
+    BATCH_CLIP = "clips the gradient of a batch"
     UNPROTECTED = "trains on the same data without protection"
     RELAYS = "hands the model from site to site, without a sum or a server step"
 
@@ -145,6 +149,24 @@ _RULES = (
         Trait.PRIVATE,
         Trait.UNPROTECTED,
         "its scores come from models that were trained on the same data without noise, and are shown.",
+        "set baselines.local and baselines.central to false.",
+    ),
+    _Rule(
+        Trait.PER_EXAMPLE,
+        Trait.WHOLE_BATCHES,
+        "no bound can be put on what one example does.",
+        "use a recipe that Hansa trains itself, or mechanism 'local' or 'central', which bound a site's whole update.",
+    ),
+    _Rule(
+        Trait.PER_EXAMPLE,
+        Trait.BATCH_CLIP,
+        "train.clip_grad would cut off the noise together with the gradient; each example is clipped already.",
+        "leave out train.clip_grad; privacy.clip is the bound of an example.",
+    ),
+    _Rule(
+        Trait.PER_EXAMPLE,
+        Trait.UNPROTECTED,
+        "it trains on the same data once more, and what that spends is not in the plan.",
         "set baselines.local and baselines.central to false.",
     ),
     _Rule(

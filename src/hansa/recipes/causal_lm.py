@@ -8,7 +8,9 @@
 | ``messages`` | one example a chat, in the tokenizer's chat template (or a plain one) | what the assistant says |
 
 An update is weighed by n = the tokens of the site's training set that carry a loss.
-Sums: ``loss_sum`` (nats), ``tokens``, and in evaluation ``correct``.
+
+Under dp-sgd a row is what is hidden, so texts are not joined: each is an example of its own, cut at ``max_length``
+(``text_rows`` says what a row of a text file is), and n counts examples.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def build(job: Job) -> Program:
     options = Options(**registry.checked("recipe.causal-lm", Options, job.recipe.options))
     if options.max_length < 2:
         raise JobError(f"recipe.max_length must be at least 2, it is {options.max_length}.")
-    return FineTune(job, CausalLM(_form(job), options))
+    hidden = job.privacy is not None and job.privacy.mechanism == "dp-sgd"
+    return FineTune(job, CausalLM(_form(job), options, packed=not hidden))
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,17 @@ def _form(job: Job) -> str:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """The causal-lm task; ``form`` is ``text``, ``pair`` or ``chat``, a row of the module's table."""
+    """The causal-lm task; ``form`` is ``text``, ``pair`` or ``chat``, a row of the module's table.
+
+    Attributes:
+        form: what the data are.
+        options: what the job says.
+        packed: whether texts are joined and cut into blocks, or are an example each.
+    """
 
     form: str
     options: Options
+    packed: bool = True
 
     auto_class = "AutoModelForCausalLM"
     adapter_task = "CAUSAL_LM"
@@ -134,7 +144,8 @@ class CausalLM:
         """Tokenise rows into examples."""
         self.labels(table)
         if self.form == "text":
-            return self._packed(data.texts(table, "text"), processor)
+            texts = data.texts(table, "text")
+            return self._blocks(texts, processor) if self.packed else self._apart(texts, processor)
         rows = self._chats(table, processor) if self.form == "chat" else self._pairs(table, processor)
         found = [self._masked(text, spans, processor, special=self.form == "pair") for text, spans in rows]
         return [example for example in found if (example.targets != IGNORED).any()]
@@ -161,6 +172,14 @@ class CausalLM:
         """Return the mean negative log-likelihood of the batch's targets."""
         total, tokens, _ = _likelihood(model, batch)
         return total / max(1, tokens), {"loss_sum": float(total.detach()), "tokens": float(tokens)}
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each example's mean negative log-likelihood over its targets."""
+        logits, targets = _logits(model, batch), batch["targets"]
+        each = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+        )
+        return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
 
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
         """Return loss, token count, and how many targets are the likeliest token."""
@@ -194,14 +213,16 @@ class CausalLM:
             shown[prompt] = processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return shown
 
-    def _packed(self, texts: Sequence[str], tokenizer: Any) -> list[Example]:
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        stream = np.fromiter(itertools.chain.from_iterable([*ids, *end] for ids in encoded), np.int64)
+    def _blocks(self, texts: Sequence[str], tokenizer: Any) -> list[Example]:
+        stream = np.fromiter(itertools.chain.from_iterable(_ended(texts, tokenizer)), np.int64)
         # Blocks overlap by one token, so that every token but the very first is some position's target.
         starts = range(0, len(stream) - 1, self.options.max_length)
         blocks = [stream[start : start + self.options.max_length + 1] for start in starts]
         return [Example(block[:-1], block[1:]) for block in blocks]
+
+    def _apart(self, texts: Sequence[str], tokenizer: Any) -> list[Example]:
+        rows = [np.asarray(ids[: self.options.max_length + 1], np.int64) for ids in _ended(texts, tokenizer)]
+        return [Example(row[:-1], row[1:]) for row in rows if len(row) > 1]
 
     def _pairs(self, table: Table, tokenizer: Any) -> Iterator[tuple[str, list[tuple[int, int]]]]:
         end = tokenizer.eos_token or ""
@@ -226,11 +247,22 @@ class CausalLM:
         return Example(ids[:-1], np.where(trained, ids, IGNORED)[1:])
 
 
-def _likelihood(model: nn.Module, batch: Batch) -> tuple[Tensor, int, Tensor]:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
-    targets = batch["targets"]
+def _ended(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Yield the token ids of each text and an end token, if the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    for ids in encoded:
+        yield [*ids, *end]
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
     # Prompt tuning puts virtual tokens before the text; their predictions have no targets.
-    logits = logits[:, -targets.shape[1] :]
+    return logits[:, -batch["targets"].shape[1] :]
+
+
+def _likelihood(model: nn.Module, batch: Batch) -> tuple[Tensor, int, Tensor]:
+    logits, targets = _logits(model, batch), batch["targets"]
     total = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )

@@ -5,7 +5,8 @@ What differs between tasks (columns, examples, loss, metrics) is a :class:`Task`
 Metrics travel as sums, which a server only adds up; ``summarise`` turns them into metrics.
 
 Training is a pure function of the plan and the site's data: order and dropout come from (seed, round, site), and
-whatever a forward pass may change beside the shared tensors is put back first.
+whatever a forward pass may change beside the shared tensors is put back first. Under dp-sgd order, dropout and noise
+come from a secret instead, an update is weighed by the number of examples, and it brings no training metrics.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 
 from hansa.client import torch as local
 from hansa.client.batches import num_steps, shuffled
+from hansa.client.clipped import PROBES, Clipper
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.core.ports import EVERYONE, Correction, SiteReport, Work
 from hansa.core.tree import Array, Tree
 from hansa.core.values import Plan
 from hansa.errors import DataError, HansaError, ModelError
+from hansa.privacy.steps import NoisySteps, noisy_steps
 from hansa.recipes import pretrained
 from hansa.recipes.data import SiteData, Split
 from hansa.recipes.tables import Table, TextRows
@@ -98,6 +101,10 @@ class Task(Protocol):
         """Return the mean loss, and sums for training metrics."""
         ...
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each example's loss (rows,), a function of that example alone, for dp-sgd."""
+        ...
+
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
         """Return sums for all metrics."""
         ...
@@ -133,6 +140,7 @@ class _Tuned:
             raise ModelError("The model has nothing to train: set model.adapter.target_modules or modules_to_save.")
         moving = {id(tensor) for tensor in self.shared.values()}
         self.touched = False
+        self.clipper: Clipper | None = None
         self._still = {n: b.clone() for n, b in self.model.named_buffers() if id(b) not in moving}
 
     @property
@@ -166,16 +174,17 @@ class FineTune:
         self._job = job
         self._task = task
         self._data = SiteData(job, task.roles, task.text_rows)
+        self._noisy = noisy_steps(job)
         self._splits: dict[str, Split] = {}
         self._sites: dict[str, _Site] = {}
 
     @property
     def traits(self) -> frozenset[Trait]:
-        """One site at a time; adaptive steps unless the optimiser is plain SGD; timed if seconds are limited."""
+        """One site at a time, examples bounded; adaptive steps unless plain SGD; timed if seconds are limited."""
         train = self._job.train
         adaptive = train.optimizer != "sgd" or bool(train.momentum)
-        found = {Trait.STEPWISE: True, Trait.ADAPTIVE_STEPS: adaptive, Trait.TIMED: train.max_seconds is not None}
-        return frozenset(trait for trait, holds in found.items() if holds)
+        found = {Trait.ADAPTIVE_STEPS: adaptive, Trait.TIMED: train.max_seconds is not None}
+        return frozenset({Trait.STEPWISE, Trait.BOUNDS_EXAMPLES, *(trait for trait, holds in found.items() if holds)})
 
     @property
     def sites(self) -> Sequence[str]:
@@ -196,12 +205,16 @@ class FineTune:
         return local.copy_out(tuned.shared)
 
     def inspect(self, site: str) -> SiteReport:
-        """Load a site's rows and check every one against the job."""
+        """Load a site's rows and check every one against the job.
+
+        Under dp-sgd the training count is n, of the examples that rows give: batches are drawn, and ε is stated, by it.
+        """
         with _at(site):
             split = self._split(site)
             labels = self._task.labels(split.train)
             self._task.labels(split.test)
-        return SiteReport(site, {"train": len(split.train), "test": len(split.test)}, labels)
+            count = len(split.train if self._noisy is None else self._examples(site).train)
+        return SiteReport(site, {"train": count, "test": len(split.test)}, labels)
 
     def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
         """Train from ``plan.params`` on the training examples of the site, or of all for ``EVERYONE``."""
@@ -209,9 +222,11 @@ class FineTune:
         with _at(site, plan.round), local.seeded(plan.seed, "train", *labels):
             each = self.sites if site == EVERYONE else [site]
             examples = list(itertools.chain.from_iterable(self._examples(name).train for name in each))
-            order = shuffled(len(examples), section.batch_size, plan.seed, "order", *labels)
             tuned = self._tuned
             tuned.set(plan.params)
+            if self._noisy is not None:
+                return self._privately(self._noisy(len(examples)), examples, plan, correction)
+            order = shuffled(len(examples), section.batch_size, plan.seed, "order", *labels)
             done = local.train(
                 tuned.model,
                 tuned.trainable,
@@ -223,6 +238,27 @@ class FineTune:
             )
         params = local.copy_out(tuned.shared)
         return Work(params, self._task.num_trained(examples), done.steps, done.sums, done.completed)
+
+    def _privately(self, noisy: NoisySteps, examples: Examples, plan: Plan, correction: Correction | None) -> Work:
+        """Make a round of DP-SGD. Only what was noised leaves: no training metrics, no buffers; n counts examples."""
+        tuned = self._tuned
+        if tuned.clipper is None:
+            tuned.clipper = Clipper(tuned.model, tuned.trainable, self._task.losses)
+        clip = noisy.clip
+        with (
+            local.seeded(noisy.seed),
+            tuned.clipper.ready(lambda: self._batch([examples[i % len(examples)] for i in range(PROBES)])) as sums,
+        ):
+            tuned.model.train()
+            done = local.train_privately(
+                tuned.trainable,
+                noisy,
+                lambda rows: sums(self._batch([examples[i] for i in rows]), clip),
+                self._job.train,
+                correction,
+            )
+        params = {**plan.params, **local.copy_out(tuned.trainable)}
+        return Work(params, len(examples), done.steps, done.sums, done.completed)
 
     def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
         """Return sums over the site's held-out examples."""

@@ -22,7 +22,7 @@ from hansa.core.ports import Program
 from hansa.recipes import data, images, labels, pretrained
 from hansa.recipes.finetune import Batch, Examples, FineTune
 from hansa.recipes.images import ImageProcessor
-from hansa.recipes.sequence_classification import judged, summarise, trained
+from hansa.recipes.sequence_classification import judged, separate, summarise, trained
 from hansa.recipes.tables import Table, TextRows
 
 _ROLES = ("image", "label")
@@ -97,6 +97,10 @@ class ImageClassification:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the mean cross-entropy."""
         return trained(model, _cast(model, batch))
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each image's cross-entropy."""
+        return separate(model, _cast(model, batch))
 
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
         """Return loss and confusion counts."""

@@ -114,6 +114,10 @@ class SequenceClassification:
         """Return the mean cross-entropy."""
         return trained(model, batch)
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each text's cross-entropy."""
+        return separate(model, batch)
+
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
         """Return loss and confusion counts."""
         return judged(model, batch, len(self.names))
@@ -135,6 +139,11 @@ def trained(model: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, float]
     return value, {"loss_sum": float(value.detach()) * count, "count": count, "correct": correct}
 
 
+def separate(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each row's cross-entropy (rows,) of a model with one output a label."""
+    return _cross_entropy(model, batch, reduction="none")[0]
+
+
 def judged(model: nn.Module, batch: Batch, num_labels: int) -> Mapping[str, float]:
     """Return loss and confusion counts of a model with one output a label."""
     value, logits, targets = _cross_entropy(model, batch)
@@ -142,10 +151,10 @@ def judged(model: nn.Module, batch: Batch, num_labels: int) -> Mapping[str, floa
     return {"loss_sum": float(value) * len(targets), **counts}
 
 
-def _cross_entropy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy(model: nn.Module, batch: Batch, reduction: str = "mean") -> tuple[Tensor, Tensor, Tensor]:
     targets = batch["targets"]
     logits = model(**{name: tensor for name, tensor in batch.items() if name != "targets"}).logits.float()
-    return nn.functional.cross_entropy(logits, targets), logits, targets
+    return nn.functional.cross_entropy(logits, targets, reduction=reduction), logits, targets
 
 
 def summarise(sums: Mapping[str, float]) -> dict[str, float]:

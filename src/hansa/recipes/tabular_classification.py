@@ -41,6 +41,7 @@ from hansa.core import storage
 from hansa.core.config import Job
 from hansa.core.tree import Array, Tree
 from hansa.errors import DataError, JobError
+from hansa.privacy.steps import noisy_steps
 from hansa.recipes import data, labels
 from hansa.recipes.data import SiteData
 from hansa.recipes.tables import Table
@@ -91,6 +92,7 @@ def build(job: Job) -> FunctionalProgram:
         job.train,
         labels=names,
         write=write,
+        noisy=noisy_steps(job),
     )
 
 

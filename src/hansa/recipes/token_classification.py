@@ -154,6 +154,12 @@ class TokenClassification:
         total, seen, _ = _likelihood(model, batch)
         return total / max(1, seen), {"loss_sum": float(total.detach()), "seen": float(seen)}
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each sentence's mean cross-entropy over its words."""
+        logits, targets = _words(model, batch)
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
         """Return loss and counts of words, tags and entities."""
         total, seen, logits = _likelihood(model, batch)
@@ -207,13 +213,17 @@ class TokenClassification:
 
 def _likelihood(model: nn.Module, batch: Batch) -> tuple[Tensor, int, Tensor]:
     """Return (summed loss, number of words seen, logits (sentences, words, labels) of first sub-words)."""
+    logits, targets = _words(model, batch)
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total, int((targets != IGNORED).sum()), logits
+
+
+def _words(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return logits (sentences, words, labels) of first sub-words, and targets (sentences, words)."""
     positions, tags = batch["positions"], batch["tags"]
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("positions", "tags")}
     every = model(**inputs).logits.float()
     # Prompt tuning puts virtual tokens before the sentence.
     every = every[:, every.shape[1] - batch["input_ids"].shape[1] :]
     rows = torch.arange(len(positions), device=positions.device)[:, None]
-    logits = every[rows, positions.clamp(min=0)]
-    targets = tags.masked_fill(positions < 0, IGNORED)
-    total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total, int((targets != IGNORED).sum()), logits
+    return every[rows, positions.clamp(min=0)], tags.masked_fill(positions < 0, IGNORED)
