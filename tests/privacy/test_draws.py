@@ -33,7 +33,8 @@ def test_the_noise_has_the_right_deviation_and_no_other(std: float) -> None:
 
 def test_float32_noise_has_the_right_deviation() -> None:
     drawn = np.asarray(SECRET.gaussian((100, 200), np.dtype(np.float32), 2.5, "noise"))
-    assert drawn.dtype == np.float32 and drawn.shape == (100, 200)
+    assert drawn.dtype == np.float32
+    assert drawn.shape == (100, 200)
     assert kstest(drawn.ravel(), norm(scale=2.5).cdf).pvalue > 1e-3
 
 

@@ -103,9 +103,9 @@ def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountan
         return float(exact(1 / math.sqrt(precision), delta))
     gaussian: Any = registry.load_object("dp_accounting:GaussianDpEvent")
     poisson: Any = registry.load_object("dp_accounting:PoissonSampledDpEvent")
-    if accountant == "pld" and (bound := _composed(releases, delta, "rdp")) > WORTHLESS:
-        return bound
     if accountant == "pld":
+        if (bound := _composed(releases, delta, "rdp")) > WORTHLESS:
+            return bound
         step = _STEP * max(1.0, (0.5 / min(r.noise_multiplier for r in sampled)) ** 2)
         book: Any = registry.load_object("dp_accounting.pld:PLDAccountant")(value_discretization_interval=step)
     else:

@@ -182,7 +182,7 @@ def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | 
     terms = terms_of_job(job)
     assert terms is not None
     spent = epsilon(terms.releases, section.delta, section.accountant)
-    shown = f"a {unit} is a site"
+    shown = "a site" if unit == "site" else f"a {unit}, whose device is a site"
     few: tuple[str, ...] = (
         f"There are {sites} sites, and the noise hides a whole site: below {FEW_SITES} of them it hides most of what "
         "is learned. dp-sgd hides examples instead.",
