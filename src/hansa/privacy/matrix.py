@@ -8,7 +8,7 @@ learns no more than from C X + Z, which is one Gaussian release, of noise ``nois
 (Denisov et al. 2022, arXiv:2202.08312: also where later updates depend on earlier releases).
 
 C is lower triangular and Toeplitz, and has the first ``bands`` coefficients of A's square root, binom(2k, k) / 4ᵏ
-(Kalinin and Lampert 2024, arXiv:2405.13763). They are positive and fall, so that unit has the most influence which takes
+(Kalinin and Lampert 2024, arXiv:2405.13763). They are positive and fall, so that unit has most influence which takes
 part in the first round, and then as early and as often as it may. Where its rounds are at least ``bands`` apart, its
 columns of C do not overlap (Choquette-Choo et al. 2023, arXiv:2306.08153), and k participations cost √k.
 
