@@ -18,6 +18,7 @@ from hansa.core.filter import Given
 from hansa.core.values import Aggregate, Model, Update
 from hansa.errors import FitError, NonFiniteError, PrivacyError
 from hansa.privacy.draws import Secret
+from hansa.privacy.matrix import coefficients, errors, factorised
 from hansa.privacy.plan import SLACK, Terms
 from hansa.privacy.protect import CLIP, COUNT, bounded, protected
 from hansa.runs.run import list_runs
@@ -182,6 +183,30 @@ def test_a_count_with_too_little_noise_is_refused():
     strategy = protected(fedavg(), terms(noise_multiplier=4.0, adaptive_clip={"noise": 2.0}), Secret.fresh())
     with pytest.raises(PrivacyError, match="must be above 2"):
         released(strategy, None, population=10)
+
+
+def test_correlated_noise_takes_back_what_it_added():
+    """The running model's noise is that of the factorisation, below independent noise of the same ε."""
+    rounds, separation = 60, 6
+    plan = terms(rounds=rounds, mechanism="dp-ftrl", separation=separation)
+    strategy = protected(fedavg(), plan, Secret.fresh())
+    model = Model.start({"w": np.zeros(2000)})
+    state = strategy.init(model)
+    for _ in range(rounds):
+        model, state, _ = strategy.step(model, state, Aggregate({}, strategy.weighed, 0.0, 0.0, 60))
+    chosen = factorised(rounds, None, separation)
+    wanted = errors(coefficients(chosen.bands, rounds), rounds // separation, separation)[-1] * SLACK / 10
+    noise = np.asarray(model.params["w"])
+    assert not rejects(noise, wanted)
+    assert rejects(noise, wanted * 3 / 2)
+    independent = math.sqrt(rounds * rounds / separation) * SLACK / 10
+    assert wanted < 0.6 * independent
+
+
+def test_sites_take_turns_under_correlated_noise():
+    strategy = protected(fedavg(), terms(rounds=9, mechanism="dp-ftrl", separation=3, participations=2), Secret.fresh())
+    asked = [strategy.select(["d", "a", "c", "b"], number) for number in range(1, 10)]
+    assert asked == [("a", "d"), ("b",), ("c",), ("a", "d"), ("b",), ("c",), (), (), ()]
 
 
 PRIVATE = {"mechanism": "central", "clip": 1.0, "noise_multiplier": 1e-7, "delta": 1e-5}

@@ -158,6 +158,11 @@ def terms_of_job(job: Job) -> Terms | None:
     section = job.privacy
     if section is None or section.mechanism == "dp-sgd":
         return None
+    if section.mechanism == "dp-ftrl" and job.cohort.sample != 1.0:
+        raise PrivacyError(
+            "dp-ftrl's sites take turns, and none is drawn. Leave cohort.sample out; privacy.separation = 10 asks a "
+            "tenth of the sites in each round."
+        )
     return Terms(section, job.rounds, _rate(job) if section.mechanism == "central" else 1.0)
 
 
@@ -201,7 +206,10 @@ def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | 
         case "dp-ftrl":
             matrix = "correlated noise; no sampling is assumed"
             claims = tuple(Claim(who, spent, matrix) for who in ("the public", "the sites"))
-            return PrivacyPlan(terms, shown, "one site added or removed", "none", (*claims, server), warnings)
+            turns = (
+                f"sites take turns, each every {section.separation} rounds" if section.separation > 1 else "everybody"
+            )
+            return PrivacyPlan(terms, shown, "one site added or removed", turns, (*claims, server), warnings)
         case _:
             seen = epsilon([Release(terms.noise_multiplier, 1.0, job.rounds)], section.delta, section.accountant)
             public = Claim("the public", spent, f"each round asks each site with probability {terms.rate:g}, in secret")
@@ -256,5 +264,7 @@ def _check_unit(section: PrivacySection, unit: str) -> None:
         )
     if section.adaptive_clip and section.mechanism != "central":
         raise PrivacyError("privacy.adaptive_clip is for mechanism = 'central'.")
+    if (section.participations or section.separation > 1) and section.mechanism != "dp-ftrl":
+        raise PrivacyError("privacy.participations and separation are for mechanism = 'dp-ftrl'.")
     if section.weight_cap and section.mechanism not in ("central", "dp-ftrl"):
         raise PrivacyError("privacy.weight_cap bounds what a site adds to a sum that the server noises. Leave it out.")

@@ -2,7 +2,8 @@
 """A strategy under a privacy plan: what sites bound and noise, and what the server adds before it steps.
 
 Central: DP-FedAvg, McMahan et al. 2018, arXiv:1710.06963, with the clip fixed or adaptive (Andrew et al. 2021,
-arXiv:1905.03871, Algorithm 1). Local: the Gaussian mechanism at each site.
+arXiv:1905.03871, Algorithm 1). DP-FTRL: the same with correlated noise (``matrix``), and sites that take turns instead
+of being drawn. Local: the Gaussian mechanism at each site.
 
     site     Δ ← Δ · min(1, C/‖Δ‖)  (jointly over all parts);   w ← 1, or min(n, cap)/cap;   b ← ½ if ‖Δ‖ ≤ C else −½
     server   Δ̄ ← (Σ w Δ + N(0, (z_Δ C)²)) / (q N);              b̃ ← (Σ b + N(0, σ_b²)) / (q N) + ½
@@ -18,7 +19,7 @@ Guarantees, each held by a test:
 
 | case | result |
 |---|---|
-| a cohort of nobody | a step of noise alone |
+| a cohort of nobody, or a dp-ftrl round after every site's last turn | a step of noise alone |
 | a NaN or infinite update | NonFiniteError at the site, which is then absent |
 | an update of zeros | sent as it is; its norm is not above the clip |
 | σ_b too small for z (z ≥ 2σ_b) | PrivacyError: the count alone would spend more than is promised |
@@ -27,7 +28,7 @@ Guarantees, each held by a test:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,11 +38,13 @@ from hansa.core import bound
 from hansa.core import tree as trees
 from hansa.core.filter import Filter, Given
 from hansa.core.fit import Trait
+from hansa.core.lazy import Leaf
 from hansa.core.strategy import Notes, Strategy
 from hansa.core.tree import Parts, Spec, Tree
 from hansa.core.values import WEIGHT_SCALE, Aggregate, Model, Update
 from hansa.errors import NonFiniteError, PrivacyError
 from hansa.privacy.draws import Secret
+from hansa.privacy.matrix import factorised
 from hansa.privacy.plan import SLACK, Terms
 
 CLIP = "clip"
@@ -66,7 +69,8 @@ def bounded(terms: Terms) -> Filter:
         if not math.isfinite(length):
             raise NonFiniteError("The update is not finite.", site=update.site, round=update.round)
         if section.mechanism == "local":
-            parts = noised(parts, terms.noise_multiplier * clip * SLACK, Secret.fresh())
+            fresh, std = Secret.fresh(), terms.noise_multiplier * clip * SLACK
+            parts = noised(parts, lambda shape, dtype, *labels: fresh.gaussian(shape, dtype, std, *labels))
         if section.adaptive_clip:
             parts = {**parts, COUNT: {"half": np.array(0.5 if length <= clip else -0.5, np.float32)}}
         weight = 1.0
@@ -106,15 +110,14 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
 
     def step(model: Model, state: Parts, aggregate: Aggregate) -> tuple[Model, Parts, Notes]:
         assert secret is not None, "only the server steps, and it has the run's secret"
-        clip, expected = clip_of(state), terms.rate * aggregate.population
+        clip, expected = clip_of(state), terms.rate * aggregate.population / section.separation
         noise, count_noise = _noises(terms, expected)
-        sums: dict[str, Tree] = {}
-        for part in strategy.weighed:
-            tree = aggregate.sums.get(part) or _zeros(model)
-            sums[part] = noised({part: tree}, noise * clip * SLACK, secret, model.version)[part]
+        std = noise * clip * SLACK
+        sums = {part: aggregate.sums.get(part) or _zeros(model) for part in strategy.weighed}
+        sums = noised(sums, _draws(terms, secret, std, model.version))
         released = replace(aggregate, sums=sums, weight=expected, count=expected, metrics={})
         stepped, inner, notes = strategy.step(model, _inner(state), released)
-        notes = {**notes, "clip": clip, "noise": noise * clip * SLACK / expected}
+        notes = {**notes, "clip": clip, "noise": std / expected}
         if adaptive is None:
             return stepped, inner, notes
         halves = aggregate.sums.get(COUNT, {"half": np.zeros(())})["half"]
@@ -125,6 +128,8 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
 
     def select(sites: Sequence[str], round: int) -> tuple[str, ...]:
         assert secret is not None, "only the server draws cohorts, and it has the run's secret"
+        if section.mechanism == "dp-ftrl":
+            return _turn(sites, round, section.separation, section.participations)
         drawn = secret.generator("cohort", round).random(len(sites))
         return tuple(site for site, value in zip(sorted(sites), drawn, strict=True) if value < terms.rate)
 
@@ -140,20 +145,41 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
     )
 
 
-def noised(parts: Parts, std: float, secret: Secret, *labels: int | str) -> dict[str, Tree]:
-    """Return ``parts`` with normal noise of standard deviation ``std`` on every element, in their own dtypes."""
+def noised(parts: Parts, draw: Callable[..., Leaf]) -> dict[str, Tree]:
+    """Return ``parts`` with noise on every element, in their own dtypes.
+
+    Args:
+        parts: what is hidden.
+        draw: ``(shape, dtype, part, name)`` -> the noise of one tensor.
+    """
+
+    def hidden(leaf: Any, part: str, name: str) -> Any:
+        wide = trees.wide(leaf.dtype)
+        noise = draw(leaf.shape, wide, part, name)
+        return (leaf.astype(wide) + (noise if trees.is_leaf(leaf) else np.asarray(noise))).astype(leaf.dtype)
+
     return {
-        part: {name: _noised(leaf, std, secret, *labels, part, name) for name, leaf in trees.leaves(tree).items()}
+        part: {name: hidden(leaf, part, name) for name, leaf in trees.leaves(tree).items()}
         for part, tree in parts.items()
     }
 
 
-def _noised(leaf: Any, std: float, secret: Secret, *labels: int | str) -> Any:
-    wide = trees.wide(leaf.dtype)
-    noise = secret.gaussian(leaf.shape, wide, std, *labels)
-    if trees.is_leaf(leaf):
-        return (leaf.astype(wide) + noise).astype(leaf.dtype)
-    return (leaf.astype(wide) + np.asarray(noise)).astype(leaf.dtype)
+def _draws(terms: Terms, secret: Secret, std: float, round: int) -> Callable[..., Leaf]:
+    """Return the noise of one round's sum; ``round`` is counted from 0."""
+    section = terms.section
+    if section.mechanism != "dp-ftrl":
+        return lambda shape, dtype, *labels: secret.gaussian(shape, dtype, std, round, *labels)
+    matrix = factorised(terms.rounds, section.participations, section.separation)
+    wide_std = std * matrix.sensitivity
+    return lambda shape, dtype, *labels: matrix.noise(secret, shape, dtype, wide_std, round, *labels)
+
+
+def _turn(sites: Sequence[str], round: int, separation: int, participations: int | None) -> tuple[str, ...]:
+    """Return whose turn it is: each site every ``separation`` rounds, and no more often than it may."""
+    turn, place = divmod(round - 1, separation)
+    if participations is not None and turn >= participations:
+        return ()
+    return tuple(site for number, site in enumerate(sorted(sites)) if number % separation == place)
 
 
 def _noises(terms: Terms, expected: float) -> tuple[float, float]:
