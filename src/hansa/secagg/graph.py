@@ -97,8 +97,8 @@ def shape(members: int, asked: int, corrupt: float, dropout: float, minimum: int
             return Shape(*found, quorum)
         if members > MOST_NEIGHBOURS:
             raise PrivacyError(
-                f"No graph with {MOST_NEIGHBOURS} neighbours protects {members} sites of which {bad} work with the server "
-                f"and {dropout:.0%} drop out. Ask for smaller shares."
+                f"No graph with {MOST_NEIGHBOURS} neighbours protects {members} sites of which {bad} work with the "
+                f"server and {dropout:.0%} drop out. Ask for smaller shares."
             )
     return Shape(members - 1, bad, (members + bad) // 2 + 1, quorum)
 

@@ -20,9 +20,9 @@ shares, those of its mask key; never both.
 
 **What the integrator does.** It makes the same :class:`Terms` for all (from the job, not from what the server says),
 gives each side a ``store`` and what was stored last, and carries bytes over channels that tell who sent them. Both call
-``store(state)`` themselves, before the message that depends on it is returned; it must return once the bytes are durable,
-in place of the old ones. A site keeps one state a job, for as long as the job runs; it holds secrets, so keep it like a
-private key.
+``store(state)`` themselves, before the message that depends on it is returned; it must return once the bytes are
+durable, in place of the old ones. A site keeps one state a job, for as long as the job runs; it holds secrets, so keep
+it like a private key.
 
 | before this leaves | this is durable |
 |---|---|
@@ -54,7 +54,8 @@ each that is whole, and after a restart does both again.
 | an advert not signed by its site, of one not asked, or other keys than this site sent | AccessError, PrivacyError |
 | a seed asked for where the mask key was revealed, or the other way round | PrivacyError, for ever |
 | fewer than quorum, threshold, or three sites, in any phase | PrivacyError at a site, QuorumError at the server |
-| a box or share that is malformed, of the wrong length, or not as it was dealt | WireError naming both sites |
+| a box or share that is malformed or of the wrong length | WireError naming both sites |
+| a share that is not as it was dealt | the server does without it, and names both if it has too few |
 | a message that is late, of a stranger, a second one that differs, of another session | SiteError, WireError |
 | a masked vector of the wrong length or ring | WireError |
 | an older round or attempt than the state's | PrivacyError |
@@ -330,7 +331,7 @@ class Session:
         if len(set(public)) < len(public):
             raise terms.refusal("two public keys of the roll are the same")
         session = cls(terms, {advert.site: advert for advert in roll.adverts})
-        session.require(len(names), session.shape.quorum, "take part")
+        assert session.shape.quorum <= len(names), "a shape is refused to fewer"
         return session
 
     @cached_property
@@ -357,19 +358,6 @@ class Session:
     def holders(self, site: str) -> tuple[str, ...]:
         """Return who holds shares of a site's secrets, in the order of the shares' numbers."""
         return tuple(sorted((site, *self.neighbours[site])))
-
-    def require(self, there: int, needed: int, what: str) -> None:
-        """Raise PrivacyError if fewer than ``needed`` are there."""
-        if there < needed:
-            raise self.terms.refusal(f"{there} sites {what}, {needed} are needed")
-
-    def listed(self, names: Sequence[str], among: Sequence[str] | Mapping[str, object], what: str) -> None:
-        """Check that a list of sites is in order, without doubles, and part of another."""
-        if list(names) != sorted(set(names)):
-            raise self.terms.malformed(f"the {what} are not in order, or one is there twice")
-        strangers = set(names) - set(among)
-        if strangers:
-            raise self.terms.malformed(f"among the {what} is {min(strangers)!r}, who can't be")
 
     def pair_mask(self, private: bytes, mine: str, peer: str) -> tuple[keys.Keystream, int]:
         """Return the mask of two sites, and the sign with which ``mine`` adds it; ``private`` is mine's mask key."""

@@ -131,7 +131,7 @@ class Server:
             try:
                 session = p.Session.of(self._terms, roll, self._checker)
             except PrivacyError as error:
-                raise self._too_few(error.message) from error
+                raise self._too_few(error.message.rstrip(".")) from error
             self._keep(roll=roll)
             self._session = session
         assert self._state.roll is not None
@@ -278,7 +278,8 @@ class Server:
         """Take a survivor's Reveal.
 
         Raises:
-            WireError, SiteError: it is malformed, of no survivor, late, or has a share that is not as it was dealt.
+            WireError, SiteError: it or one of its shares is malformed, of no survivor, or late. A share that is not as
+                it was dealt is left out later: the holder may have altered it, or the dealer lied.
         """
         session = self._open(self._state.votes, "shares were revealed")
         message = p.receive(self._terms, data, p.Reveal, site)
@@ -290,15 +291,14 @@ class Server:
         if message.shares.keys() != expected:
             raise self._terms.malformed("it revealed shares of other sites than those that it holds for", site)
         for dealer, share in message.shares.items():
-            wrong = shamir.problem(share) or self._undealt(dealer, site, share)
+            wrong = shamir.problem(share)
             if wrong:
                 raise self._terms.malformed(f"its share of {dealer!r} can't be used: {wrong}", site)
         self._reveals[site] = message
 
-    def _undealt(self, dealer: str, holder: str, share: bytes) -> str | None:
+    def _is_dealt(self, dealer: str, holder: str, share: bytes) -> bool:
         dealt = (self._state.shares or {})[dealer].digests[holder]
-        wanted = dealt[32:] if dealer in self.survivors else dealt[:32]
-        return None if p.share_digest(share) == wanted else "it is not the one that was dealt"
+        return p.share_digest(share) == (dealt[32:] if dealer in self.survivors else dealt[:32])
 
     def close_reveals(self) -> keys.Masks:
         """Return what is to be added to the sum, a block at a time, to leave the sum of the survivors' values.
@@ -316,14 +316,18 @@ class Server:
 
     def _recovered(self, session: p.Session, dealer: str, reveals: Mapping[str, p.Reveal]) -> bytes:
         """Return a survivor's seed, or the mask key of one that dropped out."""
-        holders = session.holders(dealer)
-        shares = {
-            number: reveals[holder].shares[dealer] for number, holder in enumerate(holders, 1) if holder in reveals
+        there = {
+            number: (holder, reveals[holder].shares[dealer])
+            for number, holder in enumerate(session.holders(dealer), 1)
+            if holder in reveals
         }
+        shares = {n: share for n, (holder, share) in there.items() if self._is_dealt(dealer, holder, share)}
         try:
             secret = shamir.combine(shares, session.shape.threshold)
         except QuorumError as error:
-            raise self._too_few(f"of {dealer!r}, {error.message[:-1]}") from error
+            odd = [holder for number, (holder, _) in there.items() if number not in shares]
+            blame = f"; those that {', '.join(map(repr, odd))} revealed are not as {dealer!r} dealt them" if odd else ""
+            raise self._too_few(f"of {dealer!r}, {error.message[:-1]}{blame}") from error
         except WireError as error:
             raise self._terms.malformed(f"the shares that it dealt are worthless: {error.message}", dealer) from error
         advert = session.adverts[dealer]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -113,6 +114,18 @@ class Site:
     def _malformed(self, why: str) -> Exception:
         return self._terms.malformed(why, self._name)
 
+    def _require(self, there: int, needed: int, what: str) -> None:
+        if there < needed:
+            raise self._refusal(f"{there} sites {what}, {needed} are needed")
+
+    def _listed(self, names: Collection[str], among: Collection[str], what: str) -> None:
+        """Check that a list of sites is in order, without doubles, and part of another."""
+        if list(names) != sorted(set(names)):
+            raise self._malformed(f"the {what} are not in order, or one is there twice")
+        strangers = set(names) - set(among)
+        if strangers:
+            raise self._malformed(f"among the {what} is {min(strangers)!r}, who can't be")
+
     def _keep(self, **changes: object) -> None:
         """Make a change durable; only then does it count."""
         state: _State = msgspec.structs.replace(self._state, **changes)
@@ -200,14 +213,14 @@ class Site:
             if message.dealers != self._state.dealers:
                 raise self._refusal("this is another list of dealers than the first one of this attempt")
             return
-        session.listed(message.dealers, session.adverts, "dealers")
+        self._listed(message.dealers, session.adverts, "dealers")
         if self._name not in message.dealers:
             raise self._left_out("dealt shares")
-        session.require(len(message.dealers), session.shape.quorum, "dealt shares")
+        self._require(len(message.dealers), session.shape.quorum, "dealt shares")
         expected = set(session.neighbours[self._name]) & set(message.dealers)
         for odd in sorted(expected ^ message.boxes.keys()):
             raise self._malformed(f"the box of {odd!r} is {'missing' if odd in expected else 'not for this site'}")
-        session.require(len(expected) + 1, session.shape.threshold, "of those that hold shares of this one dealt any")
+        self._require(len(expected) + 1, session.shape.threshold, "of those that hold shares of this one dealt any")
         held = {dealer: self._unbox(session, dealer, box) for dealer, box in message.boxes.items()}
         held[self._name] = self._dealt(session)[self._name]
         self._keep(dealers=message.dealers, held=held)
@@ -301,10 +314,10 @@ class Site:
         if self._state.survivors is not None and message.sites != self._state.survivors:
             raise self._refusal("this is another survivor set than the first one of this attempt")
         if self._state.vote is None:
-            session.listed(message.sites, self._state.dealers, "survivors")
+            self._listed(message.sites, self._state.dealers, "survivors")
             if self._name not in message.sites:
                 raise self._left_out("are summed")
-            session.require(len(message.sites), session.shape.quorum, "survive")
+            self._require(len(message.sites), session.shape.quorum, "survive")
             signature = self._signer.sign(session.ballot(self._state.dealers, message.sites))
             self._keep(survivors=message.sites, vote=signature)
         assert self._state.vote is not None
@@ -323,8 +336,8 @@ class Site:
         message = p.receive(self._terms, votes, p.Votes, self._name)
         if state.survivors is None or state.dealers is None:
             raise self._refusal("shares are asked for before this site has voted on a survivor set")
-        session.listed(sorted(message.signatures), state.survivors, "voters")
-        session.require(len(message.signatures), session.shape.quorum, "signed the survivor set")
+        self._listed(sorted(message.signatures), state.survivors, "voters")
+        self._require(len(message.signatures), session.shape.quorum, "signed the survivor set")
         ballot = session.ballot(state.dealers, state.survivors)
         for voter, signature in message.signatures.items():
             p.check_vote(session, self._signer, voter, ballot, signature)
