@@ -16,7 +16,7 @@ from hansa.client.work import begin
 from hansa.core.config import TrainSection, parse
 from hansa.core.ports import Correction
 from hansa.core.values import Plan
-from hansa.errors import FitError, SiteError
+from hansa.errors import FitError, QuorumError, SiteError
 from hansa.recipes import script
 from hansa.simulation.run import run
 
@@ -158,6 +158,20 @@ def test_a_prepared_script_is_the_algorithm(tmp_path, strategy, options, way):
     for name, leaf in expected.items():
         np.testing.assert_allclose(got[name], leaf, atol=1e-6)
         assert np.abs(leaf - plain[name]).max() > 1e-4, "the correction does something"
+
+
+@pytest.mark.parametrize(("strategy", "part"), [({"name": "fedprox", "mu": 0.1}, "start"), ("scaffold", "correction")])
+def test_a_script_is_sent_only_what_its_steps_need(tmp_path, strategy, part):
+    code = """
+    import hansa.client as flare
+    from hansa.client.script import current
+    flare.init()
+    flare.receive()
+    raise SystemExit(f"the parts are {sorted(current().context)}")
+    """
+    job = a_job(tmp_path, code, strategy=strategy, recipe={"sites": 1})
+    with pytest.raises(QuorumError, match=rf"the parts are \['{part}'\]"):
+        run(job)
 
 
 def test_one_site_under_fedavg_is_plain_training(tmp_path):

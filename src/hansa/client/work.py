@@ -42,7 +42,8 @@ def perform(
     context = begin(strategy, plan, memory)
     correction = None
     if strategy.rule.adjust:
-        correction = Correction({part: trees.arrays(tree) for part, tree in context.items()}, strategy.rule.adjust)
+        reads = context.keys() if strategy.rule.reads is None else strategy.rule.reads
+        correction = Correction({part: trees.arrays(context[part]) for part in reads}, strategy.rule.adjust)
     work = program.train(site, plan, correction)
     trained = work.params if plan.outbox is not None else {}
     finished = finish(strategy, plan, site, context, work)

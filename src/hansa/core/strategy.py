@@ -52,11 +52,15 @@ def difference(start: Tree, end: Tree) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class ClientRule:
-    """The client half. ``adjust`` is None where local steps are left alone."""
+    """The client half. ``adjust`` is None where local steps are left alone.
+
+    ``reads`` names the parts of the context that ``adjust`` looks at, all by default: only they go to where it runs.
+    """
 
     begin: Callable[[Tree, Parts, Parts], Parts] = _nothing
     adjust: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None = None
     finish: Callable[[Parts, Tree, Tree, Steps], tuple[Parts, Parts]] = delta
+    reads: frozenset[str] | None = None
 
 
 Notes = Mapping[str, Any]

@@ -85,7 +85,7 @@ def scaffold(lr: float = 1.0, guard: float = 10.0, objective: Literal["examples"
         "scaffold",
         init=init,
         sent=lambda state: {"control": state["control"]},
-        rule=ClientRule(begin=_begin, adjust=_adjust, finish=_finish),
+        rule=ClientRule(begin=_begin, adjust=_adjust, finish=_finish, reads=frozenset({"correction"})),
         step=step,
         weighed=dict.fromkeys(("delta", "control"), objective == "examples"),
         traits=frozenset({Trait.STEP_LEVEL, Trait.PLAIN_STEPS, Trait.STATEFUL, Trait.EXTRA_PARTS, Trait.SERVER_STEP}),
@@ -99,7 +99,7 @@ def _zero_control(model: Model) -> Tree:
 def _begin(start: Tree, sent: Parts, memory: Parts) -> Parts:
     control = sent["control"]
     own = memory.get("control") or trees.zeros_like(control)
-    return {"control": control, "own": own, "correction": trees.subtract(control, own)}
+    return {"own": own, "correction": trees.subtract(control, own)}
 
 
 def _adjust(context: Mapping[str, Any], params: Mapping[str, Any], grads: Mapping[str, Any]) -> Mapping[str, Any]:
