@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has been spent of a data set's privacy, over all jobs, in a file that shows when it was tampered with.
+
+    NAME.jsonl    a line for each release that training was allowed to make; each has the SHA-256 of the line before
+    NAME.head     how many lines count and the SHA-256 of the last, signed with the owner's key
+
+A line is written and synced first, then the head, by one rename. The head decides: a line beyond it was never
+confirmed, nothing was trained on it, and it is written over. So a crash at any instant leaves the books before or after
+a charge.
+
+Releases are added up by Rényi divergences, and by privacy loss distributions where those would already refuse; without
+sampling both are exact for Gaussian noise (:mod:`hansa.privacy.accounting`).
+
+| case | result |
+|---|---|
+| the same job, task and release again: the agent or its worker was killed | charged once |
+| ... whose answer may have left already | charged again: noise that is drawn twice tells more |
+| a round that would exceed the budget | PolicyError, and nothing is charged |
+| a release that hides an example only, of a budget for whole users | PolicyError: no amount of it would do |
+| a line that was changed, removed, added in between, or exchanged | StorageError that names the line |
+| lines cut off at the end | StorageError: the head counts more |
+| the head gone or altered, signed by somebody else, or that of other data | StorageError |
+| one line, whole or torn, beyond the head | a crash; it does not count |
+| both files gone, or both put back to an older state | not seen here: keep the head's count elsewhere too |
+| two processes at once | one after the other |
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import msgspec
+from pydantic import Field
+
+from hansa.core import storage
+from hansa.core.config import Section
+from hansa.errors import AccessError, PolicyError, StorageError
+from hansa.privacy.accounting import Release, epsilon
+
+_PURPOSE = b"hansa privacy budget v1\0"
+
+
+class Budget(Section):
+    """What may be learnt of a data set in all, by whom."""
+
+    epsilon: Annotated[float, Field(gt=0)] = Field(description="The ε that all jobs together may spend.")
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(description="At this δ; well below one over the examples.")
+    unit: Literal["example", "user"] = Field(
+        "example", description="Whose data it protects: one example, or all of this site's (it is one user's device)."
+    )
+    adversary: Literal["server", "sites"] = Field(
+        "server",
+        description="Against whom: the server, so that only noise added here counts (local, dp-sgd), or the other "
+        "sites and the public, so that the server is trusted to add it.",
+    )
+
+
+class Seal(Protocol):
+    """Who vouches for a ledger."""
+
+    def sign(self, data: bytes) -> tuple[bytes, str]:
+        """Return a signature, and the certificate that it is checked by."""
+
+    def check(self, data: bytes, signature: bytes, certificate: str) -> None:
+        """Raise AccessError unless the signature is the owner's."""
+
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A line of the ledger.
+
+    Attributes:
+        number: which line, from 1.
+        before: the SHA-256 of the line before; of nothing for the first.
+        at: when it was charged (UTC).
+        job: the digest of what was signed.
+        id: the job's id at the server.
+        task: the task's name.
+        round: its round.
+        mechanism: how it is kept private.
+        unit: whom its noise hides.
+        noise_multiplier, rate, count: the release.
+    """
+
+    number: _Count
+    before: str
+    at: str
+    job: str
+    id: str
+    task: str
+    round: int
+    mechanism: str
+    unit: Literal["example", "user"]
+    noise_multiplier: _Positive
+    rate: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    count: _Count
+
+    @property
+    def release(self) -> Release:
+        """What was released."""
+        return Release(self.noise_multiplier, self.rate, self.count)
+
+
+class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    data: str
+    count: Annotated[int, msgspec.Meta(ge=0)]
+    digest: str
+    signature: str = ""
+    certificate: str = ""
+
+    @property
+    def signed(self) -> bytes:
+        return _PURPOSE + msgspec.json.encode([self.data, self.count, self.digest])
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a task is about to release of a data set.
+
+    Attributes:
+        job: the digest of what was signed.
+        id: the job's id.
+        task: the task's name.
+        round: its round.
+        mechanism: how it is kept private.
+        unit: whom its noise hides; hiding a user hides his examples.
+        release: the noise and how often.
+    """
+
+    job: str
+    id: str
+    task: str
+    round: int
+    mechanism: str
+    unit: Literal["example", "user"]
+    release: Release
+
+
+@dataclass(frozen=True)
+class Books:
+    """A ledger as it was read.
+
+    Attributes:
+        entries: the lines that count.
+        size: their bytes.
+        digest: the SHA-256 of the last.
+    """
+
+    entries: Sequence[Entry] = ()
+    size: int = 0
+    digest: str = field(default=hashlib.sha256().hexdigest())
+
+    def spent(self, budget: Budget, *more: Entry | Charge, enough: float = 0.0) -> float:
+        """Return the ε of all and ``more`` for a budget's δ and unit; up to ``enough`` an upper bound will do."""
+        every = [*self.entries, *more]
+        if budget.unit == "user" and any(entry.unit == "example" for entry in every):
+            return float("inf")
+        counts: Counter[tuple[float, float]] = Counter()
+        for entry in every:
+            counts[entry.release.noise_multiplier, entry.release.rate] += entry.release.count
+        releases = [Release(noise, rate, count) for (noise, rate), count in sorted(counts.items())]
+        bound = epsilon(releases, budget.delta, "rdp")
+        return bound if bound <= enough else min(bound, epsilon(releases, budget.delta, "pld"))
+
+
+class Ledger:
+    """The ledger of one data set.
+
+    Args:
+        folder: where it lies; made by the first charge.
+        data: the data set's name at its site.
+        seal: who vouches for it; None leaves the head unsigned.
+    """
+
+    def __init__(self, folder: Path, data: str, seal: Seal | None = None) -> None:
+        self._folder = folder
+        self._data = data
+        self._seal = seal
+        self._path = folder / f"{data}.jsonl"
+        self._head = folder / f"{data}.head"
+
+    def charge(self, charge: Charge, budget: Budget, *, again: bool = False) -> float:
+        """Write a charge down, durably, before its training begins; return the ε that is spent with it.
+
+        Args:
+            charge: what will be released.
+            budget: what is allowed.
+            again: an earlier answer to the same task may have left: this is another release.
+
+        Raises:
+            PolicyError: it would exceed the budget.
+            StorageError: the ledger can't be written, or was tampered with.
+        """
+        with self._locked():
+            books = self._load()
+            if not again and any(_same(entry, charge) for entry in books.entries):
+                return books.spent(budget, enough=budget.epsilon)
+            after = books.spent(budget, charge, enough=budget.epsilon)
+            if after > budget.epsilon:
+                raise PolicyError(self._refusal(books.spent(budget), after, charge, budget))
+            self._append(books, charge)
+            return after
+
+    def read(self) -> Books:
+        """Return what is spent, after checking every line.
+
+        Raises:
+            StorageError: it can't be read, or was tampered with, and where.
+        """
+        if not self._folder.exists():
+            return Books()
+        with self._locked():
+            return self._load()
+
+    def _load(self) -> Books:
+        try:
+            data, head = _read(self._path), _read(self._head)
+        except OSError as error:
+            raise StorageError(f"The ledger {self._path} can't be read: {error.strerror}.") from error
+        if head is None:
+            if data:
+                raise self._tampered(f"its head, {self._head.name}, is gone")
+            return Books()
+        said = self._checked(head)
+        lines = (data or b"").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if len(whole) < said.count:
+            raise self._tampered(f"line {len(whole) + 1} is missing; {said.count} were written")
+        if len(lines) > said.count + 1:
+            raise self._tampered(f"line {said.count + 2} was added; {said.count} were written")
+        entries: list[Entry] = []
+        digest = Books().digest
+        for number, line in enumerate(whole[: said.count], 1):
+            entry = self._entry(number, line)
+            if entry.number != number:
+                raise self._tampered(f"line {entry.number} stands where line {number} was")
+            if entry.before != digest:
+                raise self._tampered(f"line {max(number - 1, 1)} was changed")
+            entries.append(entry)
+            digest = hashlib.sha256(line).hexdigest()
+        if digest != said.digest:
+            raise self._tampered(f"line {said.count} was changed")
+        return Books(entries, sum(map(len, whole[: said.count])), digest)
+
+    def _entry(self, number: int, line: bytes) -> Entry:
+        try:
+            return msgspec.json.decode(line, type=Entry)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise self._tampered(f"line {number} was changed: {error}") from error
+
+    def _checked(self, data: bytes) -> _Head:
+        try:
+            head = msgspec.json.decode(data, type=_Head)
+            signature = base64.b64decode(head.signature, validate=True)
+            if head.data != self._data:
+                raise self._tampered(f"its head is that of {head.data[:100]!r}")
+            if self._seal is not None:
+                self._seal.check(head.signed, signature, head.certificate)
+        except (msgspec.MsgspecError, binascii.Error, ValueError, RecursionError) as error:
+            raise self._tampered(f"its head, {self._head.name}, was changed: {error}") from error
+        except AccessError as error:
+            raise self._tampered(f"its head, {self._head.name}, was changed: {error.message}") from error
+        return head
+
+    def _append(self, books: Books, charge: Charge) -> None:
+        release = charge.release
+        entry = Entry(
+            len(books.entries) + 1,
+            books.digest,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            charge.job,
+            charge.id,
+            charge.task,
+            charge.round,
+            charge.mechanism,
+            charge.unit,
+            release.noise_multiplier,
+            release.rate,
+            release.count,
+        )
+        line = msgspec.json.encode(entry) + b"\n"
+        try:
+            if not self._head.exists():  # so that a ledger without a head is never one that was just begun
+                self._write_head(0, books.digest)
+            with self._path.open("r+b" if self._path.exists() else "w+b") as file:
+                file.truncate(books.size)
+                file.seek(books.size)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            storage.sync_directory(self._folder)
+        except OSError as error:
+            raise storage.full(self._path, error) from error
+        self._write_head(entry.number, hashlib.sha256(line).hexdigest())
+
+    def _write_head(self, count: int, digest: str) -> None:
+        head = _Head(self._data, count, digest)
+        if self._seal is not None:
+            signature, certificate = self._seal.sign(head.signed)
+            encoded = base64.b64encode(signature).decode()
+            head = msgspec.structs.replace(head, signature=encoded, certificate=certificate)
+        storage.write_atomic(self._head, msgspec.json.encode(head))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = (self._folder / f".{self._data}.lock").open("w")
+        except OSError as error:
+            raise storage.full(self._folder, error) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _refusal(self, spent: float, after: float, charge: Charge, budget: Budget) -> str:
+        if after == float("inf"):
+            why = f"{charge.mechanism!r} hides one {charge.unit}, and the budget is for a {budget.unit}"
+        else:
+            why = f"round {charge.round} of {charge.id} would make it {after:.4g}"
+        return (
+            f"The privacy budget of {self._data!r} does not allow this round: of ε = {budget.epsilon:g} at δ = "
+            f"{budget.delta:g}, {spent:.4g} is spent, and {why}."
+        )
+
+    def _tampered(self, what: str) -> StorageError:
+        return StorageError(
+            f"The privacy ledger {self._path} is not as it was written: {what}. Nothing is trained on {self._data!r} "
+            "until its owner has put it right, from a backup of both files."
+        )
+
+
+def _same(entry: Entry, charge: Charge) -> bool:
+    return (entry.job, entry.task, entry.release) == (charge.job, charge.task, charge.release)
+
+
+def _read(path: Path) -> bytes | None:
+    """Return a file's bytes; None if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
