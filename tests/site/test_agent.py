@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import sys
@@ -372,8 +373,73 @@ async def test_memory_is_bounded(tmp_path, num_bytes, state):
         )
     assert view.line.state == state
     if state == "failed":
-        assert "more memory than it may take" in view.line.error
+        assert "more memory than it may take (500,000,000 bytes)" in view.line.error
         assert "attempt 3 of 3" in view.line.error
+
+
+@pytest.mark.parametrize(("by", "num_bytes", "most"), [("children", 200 << 20, 400 << 20), ("torch", 4 << 30, 3 << 30)])
+async def test_memory_is_bounded_however_it_is_taken(tmp_path, by, num_bytes, most):
+    """By children that are within the limit each, and by torch, whose errors are no MemoryError."""
+    async with loopback(tmp_path) as lab:
+        lab.write("s0", f"resources = {{ max_memory_bytes = {most} }}", recipes=["hungry:build"])
+        await lab.start("s0")
+        recipe = {"name": "hungry:build", "bytes": num_bytes, "by": by, "trained": None}
+        view = await lab.run(job(tmp_path, rounds=1, recipe=recipe))
+    assert f"it needed more memory than it may take ({most:,} bytes" in view.line.error
+    assert "attempt 3 of 3" in view.line.error
+
+
+OWN = """
+import json
+import torch
+import hansa.client as flare
+
+class Model(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 1)
+
+def step():
+    json.loads("{")
+
+def main():
+    flare.init()
+    while flare.is_running():
+        flare.receive()
+        step()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+async def test_a_submitter_sees_his_own_frames_of_a_traceback(tmp_path, caplog):
+    """And no path of the site's; its log has the whole, at the task that the submitter is told."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text(OWN)
+    async with loopback(tmp_path) as lab:
+        lab.write("s0", recipes=["script"], signers=["ana"])
+        await lab.start("s0")
+        recipe = {"name": "script", "path": "code/train.py", "sites": 1}
+        values = {"name": "toy", "rounds": 1, "recipe": recipe, "directory": str(tmp_path)}
+        model = {"factory": "code/train.py:Model"}
+        view = await lab.run(Job(**values, model=model, baselines={"base": False, "local": False}))
+    said = view.line.error
+    assert 'File "code/train.py", line 11, in step' in said
+    assert "JSONDecodeError: Expecting property name" in said
+    assert "json/decoder.py" not in said
+    assert str(tmp_path) not in said
+    (task,) = re.findall(r"at task (\w+)\.", said)
+    assert any(task in record.message and "json/decoder.py" in record.message for record in caplog.records)
+
+
+async def test_a_defect_is_told_without_the_site_s_paths(tmp_path, caplog):
+    async with loopback(tmp_path) as lab:
+        await lab.start("s0")
+        view = await lab.run(job(tmp_path, rounds=1, recipe={"faults": {"s0:1": "raise"}}))
+    reason = r"s0: lost: RuntimeError: the disk of this site is on fire\nThe site's log has .*, at task (\w+)\."
+    (task,) = re.findall(reason, view.line.error)
+    assert str(tmp_path) not in view.line.error
+    assert any(task in record.message and "tests/toys.py" in record.message for record in caplog.records)
 
 
 async def test_a_round_that_takes_too_long(tmp_path):
@@ -823,6 +889,25 @@ async def test_no_more_jobs_at_once_than_the_site_allows(tmp_path, monkeypatch):
         for id in submitted:
             assert (await lead.wait(id)).line.state == "finished"
     assert most == 1
+
+
+async def test_whom_a_job_waits_for_is_told(tmp_path):
+    """The log and `hansa job show` name the site that has no room, and why."""
+    async with loopback(tmp_path) as lab, lab.lead() as lead:
+        lab.write("s0", max_jobs=1)
+        await lab.start("s0")
+        first = await lead.submit(job(tmp_path, rounds=1, recipe={"delay_s": 1000}))
+        async with asyncio.timeout(60):
+            while not workers_of(lab.site("s0")):
+                await asyncio.sleep(0.05)
+        second = await lead.submit(job(tmp_path, rounds=1))
+        why = "1 other jobs are at work at this site, which takes 1 at once (policy.max_jobs)"
+        await lead.until(second, f"s0 waits: {why}")
+        view = await lead.show(second)
+        assert view.activities["s0"].startswith("checking: waiting for")
+        assert view.activities["s0"].endswith(f"({why})")
+        await lead.connection.call(AbortJob(first))
+        assert (await lead.wait(second)).line.state == "finished"
 
 
 async def test_no_server_is_waited_for(tmp_path):

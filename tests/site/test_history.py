@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from hansa.bundle import Bundle
 from hansa.core import config
 from hansa.errors import PolicyError, StorageError
+from hansa.site import history
 from hansa.site.history import History
 from hansa.transport.messages import Assignment
 from members import members
@@ -50,6 +51,47 @@ def test_one_id_for_what_was_signed(tmp_path, bundle):
         History(tmp_path / "history", bundle, "toy-2")
     signed_again = Bundle(bundle.job, bundle.signer, bundle.files, datetime.now(UTC))
     History(tmp_path / "history", signed_again, "toy-2")
+
+
+def histories(folder):
+    return {path.name for path in folder.glob("*.jsonl")}
+
+
+def test_what_is_old_is_forgotten_and_never_done_over(tmp_path, bundle):
+    """Jobs on the agenda are kept, whatever their age; a forgotten one is not taken up again, nor one as old."""
+    folder, now = tmp_path / "history", datetime.now(UTC)
+    made = {days: Bundle(bundle.job, bundle.signer, {}, now - timedelta(days=days)) for days in (1, 100, 150, 200)}
+    for days, signed in made.items():
+        History(folder, signed, f"toy-{days}").note(given("a"))
+    history.prune(folder, {"toy-200"}, now)
+    assert len(histories(folder)) == 2
+    for id in ("toy-100", "toy-again"):
+        with pytest.raises(PolicyError, match="Submit the job again"):
+            History(folder, made[100], id)
+    never_seen = Bundle(bundle.job, bundle.signer, {"a.csv": (1, "0" * 64)}, made[150].created)
+    with pytest.raises(PolicyError, match="Submit the job again"):
+        History(folder, never_seen, "toy-7")
+    assert len(histories(folder)) == 2, "what was refused left nothing"
+    for days in (1, 200):
+        with pytest.raises(PolicyError, match="round 1"):
+            History(folder, made[days], f"toy-{days}").check(given("b"))
+    History(folder, bundle, "toy-new")
+    history.prune(folder, (), now - timedelta(days=1000))
+    assert len(histories(folder)) == 3
+
+
+def test_there_are_no_more_histories_than_so_many(tmp_path, bundle, monkeypatch):
+    monkeypatch.setattr(history, "MOST_KEPT", 2)
+    now = datetime.now(UTC)
+    made = [Bundle(bundle.job, bundle.signer, {}, now - timedelta(hours=hours)) for hours in (4, 3, 2, 1)]
+    for number, signed in enumerate(made):
+        History(tmp_path, signed, f"toy-{number}")
+    history.prune(tmp_path, {"toy-0"}, now)
+    assert len(histories(tmp_path)) == 3
+    History(tmp_path, made[0], "toy-0")
+    with pytest.raises(PolicyError, match="Submit the job again"):
+        History(tmp_path, made[1], "toy-1")
+    History(tmp_path, made[2], "toy-2")
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"step":"tra', bytes(100)])

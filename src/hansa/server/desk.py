@@ -109,7 +109,7 @@ class Desk:
             entry = self._site(site)
             since = None if entry.heard is None else now - entry.heard
             said = entry.activities.values()
-            doing = [Activity(item.task, item.phase, item.seconds + now - told) for told, item in said]
+            doing = [Activity(item.task, item.phase, item.seconds + now - told, item.why) for told, item in said]
             return since, entry.release, entry.streams > 0, doing
 
     def connected(self, lease_s: float) -> int:

@@ -13,6 +13,7 @@ A job is a run folder, exactly as ``hansa run`` makes one, so a killed server go
 | the disk is full | tried again with growing pauses for ``PATIENCE_S``, then failed; ``hansa job resume`` goes on |
 | killed while a job is taken in | before its row is there, nothing of it stays; after it, its folder is put in place |
 | a folder in jobs/ that the database does not know | left as it is, and said in the log; its name is not given again |
+| a plan larger than ``max_model_bytes``, a round beyond its submitter's quota | the job fails before it is written |
 | a defect in one job | that job fails with its traceback in the log; others go on |
 """
 
@@ -26,6 +27,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -35,7 +37,7 @@ from hansa.core import storage
 from hansa.core.config import Job
 from hansa.core.ports import Reply
 from hansa.core.values import Absence, Plan, RoundRecord
-from hansa.errors import HansaError, InterruptedRunError, JobError, StorageError
+from hansa.errors import HansaError, InterruptedRunError, JobError, PolicyError, StorageError
 from hansa.pki.kit import Kit
 from hansa.runs import carrier
 from hansa.runs.run import Run
@@ -245,7 +247,9 @@ class Jobs:
 
         def engine(work: Path) -> Remote:
             beside = Compute(job, work / "compute", compute.environment, self._settings.max_model_bytes)
-            return Remote(id, job, work, sites, beside, self._store, self._blobs, self._desk, self._settings.lease_s)
+            allow = partial(self._allow, id)
+            lease_s = self._settings.lease_s
+            return Remote(id, job, work, sites, beside, self._store, self._blobs, self._desk, lease_s, allow)
 
         failing, pause, rounds = math.inf, 1.0, -1
         while True:
@@ -264,6 +268,24 @@ class Jobs:
         await asyncio.to_thread(self._blobs.mirror, self.key(id))
         await asyncio.to_thread(self._clear, id)
 
+    def _allow(self, id: str, round: int, num_bytes: int, updates: int) -> None:
+        """Account for what a plan's round takes: the plan, a model, and an update of the plan's size a site.
+
+        Raises:
+            PolicyError: the plan is larger than a model may be.
+            AccessError: the submitter's jobs would hold more than the quota.
+        """
+        largest, most = self._settings.max_model_bytes, self._settings.quota.bytes
+        if largest is not None and num_bytes > largest:
+            raise PolicyError(
+                f"The plan, which is the model and what the strategy sends with it, has {num_bytes:,} bytes; this "
+                f"server allows {largest:,} (max_model_bytes in server.toml).",
+                job=id,
+                round=round,
+            )
+        if most is not None:
+            self._store.hold(id, size_of(self.folder(id)) + (2 + updates) * num_bytes, most)
+
     def _clear(self, id: str) -> None:
         """Free what a finished job needs no more: its updates, its plans, its first parameters."""
         for course in {row.course for row in self._store.tasks(id)}:
@@ -275,7 +297,8 @@ class Jobs:
         (work / "initial.hansa").unlink(missing_ok=True)
 
     def settle(self, id: str, error: BaseException | None) -> None:
-        """Write down how a job ended."""
+        """Write down how a job ended, and what it still holds."""
+        self._store.hold(id, size_of(self.folder(id)))
         if error is None:
             self._store.set_state(id, "finished")
             self._store.event(id, "state", "finished")
@@ -375,7 +398,7 @@ class _Notes:
         """Note a finished round, which is on disk."""
         self.rounds += 1
         self._blobs.mirror(self._jobs.key(self._id))
-        self._store.progressed(self._id, record.round, _size(self._jobs.folder(self._id)))
+        self._store.progressed(self._id, record.round, size_of(self._jobs.folder(self._id)))
         self._metrics.finished_round(record.seconds)
         metrics = ", ".join(f"{name} {number(value)}" for name, value in record.metrics.items())
         text = f"round {record.round}: {len(record.accepted)} of {len(record.asked)} sites, {metrics}"
@@ -389,7 +412,8 @@ class _Notes:
         self._store.event(self._id, "note", text)
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # updates come and go

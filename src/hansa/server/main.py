@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from hansa.server.service import Service
 from hansa.server.settings import ServerSettings
 from hansa.server.store import Store
 from hansa.transport.server import serve
+
+_LOG = logging.getLogger("hansa.server")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Ru
         AccessError: the kit is not a server's.
     """
     kit = Kit(directory)
+    if settings.blobs is not None and not (settings.database or "").startswith("postgresql://"):
+        _LOG.warning(
+            "The bucket %s holds the files of jobs; the database lies on this disk alone (SQLite), and without it they "
+            "are of no use. Use PostgreSQL (database in server.toml), or copy the database elsewhere.",
+            settings.blobs,
+        )
     store = await asyncio.to_thread(Store.open, settings.database, directory)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(asyncio.to_thread, store.close)
@@ -64,6 +73,8 @@ async def running(directory: Path, settings: ServerSettings) -> AsyncIterator[Ru
             await watch.start(*settings.http_address)
             stack.push_async_callback(watch.stop)
             http_port = watch.port
+        sweeping = asyncio.create_task(service.sweep())
+        stack.push_async_callback(_end, sweeping)
         queue = asyncio.create_task(jobs.run())
         stack.push_async_callback(_end, queue)
         yield Running(host, server.port, http_port, queue)

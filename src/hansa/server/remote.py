@@ -23,12 +23,13 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from hansa.core import storage, wire
+from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Reply, SiteReport
@@ -61,6 +62,8 @@ class Remote:
         store, blobs: what is durable.
         desk: the doorbells.
         lease_s: how long a site may be silent.
+        allow: told a round, how many bytes its plan has and how many sites answer it with updates, before any of it
+            is written; raises what speaks against it.
     """
 
     needs_all = False
@@ -76,6 +79,7 @@ class Remote:
         blobs: Blobs,
         desk: Desk,
         lease_s: float,
+        allow: Callable[[int, int, int], object],
     ) -> None:
         self.id = id
         self.job = job
@@ -83,6 +87,7 @@ class Remote:
         self.store = store
         self.desk = desk
         self.lease_s = lease_s
+        self.allow = allow
         self._directory = directory
         self._plans = directory / "plans"
         self._updates = directory / "updates"
@@ -132,7 +137,14 @@ class Remote:
 
     async def initial(self) -> Tree:
         """Return the parameters that training starts from."""
-        return await self._compute.initial(self._directory / "initial.hansa")
+        path = self._directory / "initial.hansa"
+        params = await self._compute.initial(path)
+        try:
+            await asyncio.to_thread(self.allow, 0, trees.num_bytes(params), 0)
+        except HansaError:
+            path.unlink(missing_ok=True)
+            raise
+        return params
 
     async def inspect(self, site: str) -> SiteReport:
         """Have the site check the job against its policy and data.
@@ -289,6 +301,8 @@ class RemoteCohort:
         engine = self._engine
         if plan.task == "train":
             await asyncio.to_thread(engine.forget, plan.job, plan.round)
+        num_bytes = sum(trees.num_bytes(tree) for tree in (plan.params, *plan.parts.values()))
+        await asyncio.to_thread(engine.allow, plan.round, num_bytes, len(sites) if plan.task == "train" else 0)
         digest = await asyncio.to_thread(engine.publish, plan)
         answers = engine.answers(plan.job, plan.round, plan.task, digest, sorted(sites), plan.deadline_s)
         async with contextlib.aclosing(answers):

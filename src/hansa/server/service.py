@@ -10,23 +10,30 @@
 | an upload larger than the task's plan implies, or for a task that has no update | refused before anything is read |
 | another file of the same update | it takes the first one's place until the task is answered, and is then refused |
 | an answer that names another file than was uploaded | StorageError; the site sends it again |
+| a bundle that is mostly one piece, repeated | WireError before anything is written |
+| a bundle, an update or a resumed job beyond its submitter's quota | AccessError, JobError; nothing of it is written |
+| a bundle that is uploaded and never submitted | deleted after a day of this process's time (`Unclaimed`) |
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
+import logging
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from hansa import bundle as bundles
 from hansa.core import storage, wire
-from hansa.errors import AccessError, HansaError, JobError, StorageError
+from hansa.errors import AccessError, HansaError, JobError, StorageError, WireError
 from hansa.pki.identity import Identity, Role
 from hansa.pki.kit import Kit
 from hansa.pki.roles import Permission, allowed
@@ -38,7 +45,7 @@ from hansa.server.http import Metrics
 from hansa.server.jobs import Jobs, results_of
 from hansa.server.remote import manifest_of, update_key
 from hansa.server.settings import ServerSettings
-from hansa.server.store import JobRow, Store, TaskRow
+from hansa.server.store import JobRow, Store, TaskRow, check_quota
 from hansa.transport.messages import (
     INLINE_BYTES,
     PROTOCOL,
@@ -83,10 +90,21 @@ FRESH_S = 900.0
 BUNDLE_MANIFEST_BYTES = 64 << 20
 """The longest manifest of a bundle: room for 1.8 million pieces."""
 
+UNCLAIMED_S = 86400.0
+"""For how long an uploaded bundle waits to be submitted."""
+
+SWEEP_S = 3600.0
+
+REPEATS, REPEATED_BYTES = 4, 64 << 20
+"""A bundle larger than the second may be so many times the bytes that travel: equal pieces travel once."""
+
 _SEEN_S = 10.0
 _REFUSED_S = 60.0
 _AUDITED = {Submit: "submit", AbortJob: "abort", WithdrawSite: "withdraw", ResumeJob: "resume", DeleteJob: "delete"}
 _ACTIONS = {**_AUDITED, Get: "download", Offer: "upload", Follow: "follow", Attend: "attend"}
+
+
+_LOG = logging.getLogger("hansa.server")
 
 
 class Service:
@@ -125,6 +143,10 @@ class Service:
         self._refusals: dict[tuple[str, str, str], float] = {}
         self._submitting = asyncio.Lock()
         self._taking: dict[str, asyncio.Lock] = {}
+        self._waits: dict[str, set[str]] = {}  # site -> open tasks of which is noted that they wait
+        self._unclaimed = Unclaimed(self._incoming)
+        self._promising = threading.Lock()
+        self._promised: dict[Path, int] = {}  # files on their way -> their bytes, where there is a quota
 
     async def call(self, caller: Identity, request: Message) -> Message:
         """Answer a request."""
@@ -182,8 +204,7 @@ class Service:
             case Report():
                 self._attends(caller)
                 await self._heard(caller)
-                open = {row.task for row in await asyncio.to_thread(self._store.agenda, caller.name)}
-                self._desk.report(caller.name, [item for item in request.activities if item.task in open])
+                await asyncio.to_thread(self._report, caller.name, request)
                 return Done()
             case Answer():
                 self._attends(caller)
@@ -205,7 +226,7 @@ class Service:
             case ShowJob():
                 return await asyncio.to_thread(self._show, caller, request.job)
             case AbortJob():
-                row = self._row(caller, Permission.ABORT, request.job)
+                row = await asyncio.to_thread(self._row, caller, Permission.ABORT, request.job)
                 await self._jobs.abort(row.id)
                 return Done()
             case WithdrawSite():
@@ -213,14 +234,14 @@ class Service:
                 await asyncio.to_thread(self._withdraw, caller, request)
                 return Done()
             case ResumeJob():
-                row = self._row(caller, Permission.RESUME, request.job)
+                row = await asyncio.to_thread(self._row, caller, Permission.RESUME, request.job)
                 if self._jobs.at_work(row.id):
                     raise JobError("The job is still ending; try again in a moment.", job=row.id)
-                await asyncio.to_thread(self._store.set_state, row.id, "queued")
+                await asyncio.to_thread(self._queue_again, row.id)
                 self._jobs.wake()
                 return Done()
             case DeleteJob():
-                row = self._row(caller, Permission.DELETE, request.job)
+                row = await asyncio.to_thread(self._row, caller, Permission.DELETE, request.job)
                 await asyncio.to_thread(self._delete, row)
                 return Done()
             case ListSites():
@@ -238,6 +259,18 @@ class Service:
         if now - self._noted.get(caller.name, -_SEEN_S) >= _SEEN_S:
             self._noted[caller.name] = now
             await asyncio.to_thread(self._store.seen, caller.name, self._desk.seen(caller.name)[1])
+
+    def _report(self, site: str, request: Report) -> None:
+        """Note what a site is at, and once a task in its job's log what it waits for."""
+        open = {row.task: row for row in self._store.agenda(site)}
+        told = self._waits.get(site, set()) & open.keys()
+        known = [item for item in request.activities if item.task in open]
+        self._desk.report(site, known)
+        for item in known:
+            if item.why and item.task not in told:
+                told.add(item.task)
+                self._store.event(open[item.task].job, "note", f"{site} waits: {item.why}")
+        self._waits[site] = told
 
     def _ring(self, sequence: int) -> Ring:
         return Ring(sequence, self._kit.roster().version, self._settings.lease_s)
@@ -323,6 +356,7 @@ class Service:
             self._metrics.received(len(said.inline))
         elif not path.exists():
             raise StorageError("The update that the answer names is not here; send it again.", job=row.job, site=site)
+        self._promised.pop(path, None)
         problem = _problem(path, row)
         self._forget_uploads(row, path)
         if problem is None:
@@ -390,9 +424,11 @@ class Service:
         if offer.task == "bundle" and not offer.job:
             allowed(caller, Permission.SUBMIT)
             path = self._bundle_path(caller, offer.digest)
+            self._unclaimed.touch(path)
             if path.exists() and path.with_suffix(".manifest").exists():
                 return None
-            return Destination(path, self._settings.max_bundle_bytes, BUNDLE_MANIFEST_BYTES)
+            check = partial(self._check_bundle, caller, path)
+            return Destination(path, self._settings.max_bundle_bytes, BUNDLE_MANIFEST_BYTES, check=check)
         self._attends(caller)
         row = self._task(caller.name, offer.job, offer.task)
         if row.state not in ("open", "late"):
@@ -410,13 +446,72 @@ class Service:
         except OSError as error:
             raise StorageError(f"Can't read the plan {plan.name}: {error.strerror}.", job=row.job) from error
         largest = self._settings.max_model_bytes or implied_bytes(num_bytes)
-        return Destination(path, min(largest, implied_bytes(num_bytes)), implied_bytes(manifest_bytes))
+        most = min(largest, implied_bytes(num_bytes))
+        check = partial(self._check_update, row, path, num_bytes, most)
+        return Destination(path, most, implied_bytes(manifest_bytes), check=check)
+
+    def _check_bundle(self, caller: Identity, path: Path, manifest: Manifest) -> None:
+        """Refuse a bundle that is mostly repetition, or more than its submitter may have at the server.
+
+        Raises:
+            WireError, AccessError: the first, the second.
+        """
+        num_bytes, most = manifest.num_bytes, self._settings.quota.bytes
+        if num_bytes > self._settings.max_bundle_bytes:
+            return  # whoever receives it says so
+        sent = sum(length for length, _ in set(manifest.pieces))
+        if num_bytes > max(REPEATS * sent, REPEATED_BYTES):
+            raise WireError(
+                f"A bundle of {num_bytes:,} bytes would consist of {sent:,} different ones, repeated; at most "
+                f"{REPEATS} times as many are accepted. Leave files of zeros out of it, or make them smaller."
+            )
+        if most is None:
+            return
+        with self._promising:
+            held = self._store.held(caller.name)
+            waiting = {**self._promised, path: num_bytes}
+            prefix = f"{caller.role.value}-{caller.name}-"
+            for file in self._incoming.glob(f"{glob.escape(prefix)}*.zip*"):
+                place = file.with_name(file.name.removesuffix(".part"))
+                with contextlib.suppress(FileNotFoundError):
+                    waiting[place] = max(waiting.get(place, 0), file.stat().st_size)
+            mine = sum(size for place, size in waiting.items() if place.name.startswith(prefix))
+            check_quota(caller.name, held + mine, most)
+            self._promised[path] = num_bytes
+
+    def _check_update(self, row: TaskRow, path: Path, planned: int, largest: int, manifest: Manifest) -> None:
+        """Account for what an update has beyond its plan's size, which was when the round began.
+
+        Raises:
+            JobError: the submitter's jobs would hold more than the quota.
+        """
+        num_bytes, most = manifest.num_bytes, self._settings.quota.bytes
+        if most is None or not planned < num_bytes <= largest:
+            return
+        with self._promising:
+            if path in self._promised:
+                return
+            try:
+                self._store.grow(row.job, num_bytes - planned, most)
+            except AccessError as error:
+                raise JobError(error.message, job=row.job, site=row.site) from None
+            self._promised[path] = num_bytes
+
+    async def sweep(self) -> None:
+        """Delete bundles that were uploaded and never submitted, once an hour, until cancelled."""
+        while True:
+            async with self._submitting:
+                for path in await asyncio.to_thread(self._unclaimed.sweep):
+                    self._promised.pop(path, None)
+                    _LOG.info("%s was uploaded and never submitted; it is deleted.", path.name)
+            await asyncio.sleep(SWEEP_S)
 
     def _forget_uploads(self, row: TaskRow, but: Path | None = None) -> None:
         """Delete what has come for a task, whole or in part, but one file."""
         for path in self._blobs.path(update_key(row.job, row.task)).parent.glob(f"{row.task}.*"):
             if but is None or path not in (but, but.with_name(f"{but.name}.part")):
                 path.unlink(missing_ok=True)
+                self._promised.pop(path, None)
 
     async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
         """Note a bundle's manifest; what an update is worth is decided when it is answered with."""
@@ -453,6 +548,10 @@ class Service:
             raise JobError(f"cohort.sites names {unknown[0]!r}; the federation's sites are: {', '.join(known)}.")
         if not known:
             raise JobError("The federation has no sites yet.")
+        quota = self._settings.quota
+        size = path.stat().st_size + sum(size for size, _ in bundle.files.values())
+        if quota.bytes is not None:
+            check_quota(caller.name, self._store.held(caller.name) + size, quota.bytes)
         id = self._jobs.new_id(bundle.job.name)
         staged, folder = self._jobs.staged(id), self._jobs.folder(id)
         building = staged.with_name(f".{id}")
@@ -468,7 +567,6 @@ class Service:
             for suffix in (".zip", ".manifest"):
                 (building / f"bundle{suffix}").hardlink_to(path.with_suffix(suffix))
             storage.publish(building, staged)
-            quota = self._settings.quota
             self._store.add_job(
                 id,
                 job.name,
@@ -476,7 +574,7 @@ class Service:
                 request.bundle,
                 request.key,
                 job.rounds,
-                size=path.stat().st_size,
+                size=size,
                 most_jobs=quota.jobs,
                 most_bytes=quota.bytes,
             )
@@ -488,12 +586,16 @@ class Service:
         self._jobs.place(id)
         for suffix in (".zip", ".manifest"):
             path.with_suffix(suffix).unlink(missing_ok=True)
+        self._promised.pop(path, None)
         return id
 
     def _row(self, caller: Identity, permission: Permission, id: str) -> JobRow:
         row = self._store.job(id)
         allowed(caller, permission, owner=row.submitter, sites=self._sites_of(id))
         return row
+
+    def _queue_again(self, id: str) -> None:
+        self._store.set_state(id, "queued", most_jobs=self._settings.quota.jobs)
 
     def _visible(self, caller: Identity, row: JobRow) -> bool:
         try:
@@ -535,7 +637,8 @@ class Service:
             work = {"inspect": "checking", "train": "training", "evaluate": "evaluating"}[task.kind]
             round = f", round {task.round}" if task.round else ""
             whose = "" if job is not None else f"{task.job}: "
-            texts.append(f"{whose}{work}{round}: {activity.phase} for {activity.seconds:.0f} s")
+            why = f" ({activity.why})" if activity.why else ""
+            texts.append(f"{whose}{work}{round}: {activity.phase} for {activity.seconds:.0f} s{why}")
         return texts
 
     def _withdraw(self, caller: Identity, request: WithdrawSite) -> None:
@@ -585,6 +688,48 @@ class Service:
         if not lines:
             allowed(caller, Permission.SITES, sites=[caller.at_site or ""])
         return SiteLines(lines)
+
+
+class Unclaimed:
+    """Uploaded bundles that wait to be submitted.
+
+    They are aged by this process's monotonic clock, from when it first saw them as they are: a clock step makes
+    nothing old, and whatever is written or offered again is new.
+
+    Args:
+        folder: where they lie; folders in it are jobs that are being taken in, and not looked at.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._seen: dict[Path, tuple[tuple[int, int, int], float]] = {}
+
+    def touch(self, path: Path) -> None:
+        """Let a bundle, and all that belongs to it, be new: it is offered again."""
+        with self._lock:
+            for seen in [seen for seen in self._seen if seen.name.startswith(path.stem)]:
+                del self._seen[seen]
+
+    def sweep(self) -> list[Path]:
+        """Delete what nobody has touched for ``UNCLAIMED_S``, and return its paths, whole names for what is in part."""
+        now = time.monotonic()
+        gone = []
+        with self._lock:
+            seen, self._seen = self._seen, {}
+            for path in self._folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if path.is_dir():
+                        continue
+                    status = path.stat()
+                    signature = (status.st_ino, status.st_size, status.st_mtime_ns)
+                    before, since = seen.get(path, (signature, now))
+                    if before == signature and now - since >= UNCLAIMED_S:
+                        path.unlink()
+                        gone.append(path.with_name(path.name.removesuffix(".part")))
+                    else:
+                        self._seen[path] = (signature, since if before == signature else now)
+        return gone
 
 
 _FOLLOW_S = 0.25

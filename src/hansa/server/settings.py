@@ -69,10 +69,12 @@ class S3(Section):
 
 
 class Quota(Section):
-    """What one submitter may have."""
+    """What one submitter may have. A job that meets its limit fails; finished rounds stay, and it can be resumed."""
 
     jobs: Annotated[int, Field(gt=0)] | None = Field(None, description="Jobs queued or running at a time.")
-    bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="Bytes that all of a submitter's jobs hold.")
+    bytes: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="Bytes that all of a submitter's jobs and bundles hold."
+    )
 
 
 class Compute(Section):
@@ -118,7 +120,9 @@ class ServerSettings(Section):
     lease_s: Annotated[float, Field(ge=1)] = Field(300.0, description="A site silent for so many seconds is gone.")
     stall_s: Annotated[float, Field(gt=0)] = Field(60.0, description="A transfer that stands still so long is ended.")
     max_running_jobs: Annotated[int, Field(gt=0)] = Field(4, description="Jobs at work at a time; others queue.")
-    max_model_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="The largest model of a job.")
+    max_model_bytes: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="The largest plan: a job's model, and what its strategy sends with it."
+    )
     max_bundle_bytes: Annotated[int, Field(gt=0)] = Field(1 << 34, description="The largest bundle of a job.")
     quota: Quota = Quota()
     log_format: Literal["console", "json"] = Field("console", description="console, or json: one object a line.")

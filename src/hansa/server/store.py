@@ -366,22 +366,8 @@ class Store:
                 return str(first)
             if _find(connection, id) is not None:
                 raise JobError(f"There is a job {id!r} already.")
-            active, held = connection.execute(
-                sa.select(
-                    sa.func.count(sa.case((jobs.c.state.in_(("queued", "running")), 1))),
-                    sa.func.coalesce(sa.func.sum(jobs.c.size), 0),
-                ).where(jobs.c.submitter == submitter)
-            ).one()
-            if most_jobs is not None and active >= most_jobs:
-                raise AccessError(
-                    f"{submitter} has {active} jobs queued or running, and may have {most_jobs}. "
-                    "Wait for one to end, or abort one."
-                )
-            if most_bytes is not None and held + size > most_bytes:
-                raise AccessError(
-                    f"The jobs of {submitter} would hold {held + size} bytes at the server, and may hold {most_bytes}. "
-                    "Delete finished jobs."
-                )
+            _check_active(connection, submitter, most_jobs)
+            _check_held(connection, submitter, size, most_bytes)
             values = {"id": id, "name": name, "submitter": submitter, "key": key, "bundle": bundle, "rounds": rounds}
             rest = {"round": 0, "size": size, "state": "queued", "error": "", "kind": "", "started": "", "ended": ""}
             connection.execute(jobs.insert().values(**values, **rest, created=now()))
@@ -414,7 +400,32 @@ class Store:
             found = {str(state): int(count) for state, count in connection.execute(query)}
         return {state: found.get(state, 0) for state in schema.JOB_STATES}
 
-    def set_state(self, id: str, state: JobState, error: str = "", kind: str = "") -> JobRow:
+    def held(self, submitter: str) -> int:
+        """Return how many bytes a submitter's jobs hold, or are about to."""
+        with self._read() as connection:
+            return _held(connection, submitter)
+
+    def hold(self, id: str, size: int, most_bytes: int | None = None) -> None:
+        """Note that a job holds, or is about to hold, ``size`` bytes in all.
+
+        Raises:
+            JobError: there is no such job.
+            AccessError: all of its submitter's jobs would hold more than ``most_bytes``; nothing is noted.
+        """
+        with self._write() as connection:
+            job = _job(connection, id)
+            _check_held(connection, job.submitter, size - job.size, most_bytes)
+            connection.execute(jobs.update().where(jobs.c.id == id).values(size=size))
+
+    def grow(self, id: str, more: int, most_bytes: int | None) -> None:
+        """Note, as `hold` does, that a job is about to hold ``more`` bytes than are noted."""
+        with self._write() as connection:
+            _check_held(connection, _job(connection, id).submitter, more, most_bytes)
+            connection.execute(jobs.update().where(jobs.c.id == id).values(size=jobs.c.size + more))
+
+    def set_state(
+        self, id: str, state: JobState, error: str = "", kind: str = "", *, most_jobs: int | None = None
+    ) -> JobRow:
         """Move a job to another state and return it; moving it to where it stands changes nothing.
 
         A job that is queued again asks anew the sites that had no answer for its unfinished round. Where the model of
@@ -422,6 +433,7 @@ class Store:
 
         Raises:
             JobError: there is no such job, or it can't go there from where it stands.
+            AccessError: it is to be queued, and its submitter has ``most_jobs`` queued or running.
         """
         with self._write() as connection:
             job = _job(connection, id)
@@ -429,6 +441,8 @@ class Store:
                 return job
             if job.state not in _MOVES[state]:
                 raise JobError(f"The job is {job.state}; it can't become {state}.", job=id)
+            if state == "queued":
+                _check_active(connection, job.submitter, most_jobs)
             values: dict[str, Any] = {"state": state, "error": _clean(error), "kind": _clean(kind)[:40]}
             if state == "running":
                 values["started"] = job.started or now()
@@ -640,6 +654,36 @@ def _values(row: Row[Any]) -> dict[str, Any]:
     if "task" in values or "bundle" in values:
         del values["number"]
     return values
+
+
+def _check_active(connection: Connection, submitter: str, most: int | None) -> None:
+    mine = (jobs.c.submitter == submitter) & jobs.c.state.in_(("queued", "running"))
+    active = connection.execute(sa.select(sa.func.count()).where(mine)).scalar_one()
+    if most is not None and active >= most:
+        raise AccessError(
+            f"{submitter} has {active} jobs queued or running, and may have {most} (quota.jobs in server.toml). "
+            "Wait for one to end, or abort one."
+        )
+
+
+def _held(connection: Connection, submitter: str) -> int:
+    total = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.size), 0)).where(jobs.c.submitter == submitter)
+    return int(connection.execute(total).scalar_one())
+
+
+def _check_held(connection: Connection, submitter: str, more: int, most: int | None) -> None:
+    if most is not None and more > 0:
+        check_quota(submitter, _held(connection, submitter) + more, most)
+
+
+def check_quota(submitter: str, num_bytes: int, most: int) -> None:
+    """Raise AccessError if ``num_bytes`` are more than all that a submitter may have at the server."""
+    if num_bytes > most:
+        raise AccessError(
+            f"The jobs of {submitter} would hold {num_bytes:,} bytes at the server, and may hold {most:,} "
+            "(quota.bytes in server.toml). Delete finished jobs; `hansa job resume` then goes on with one that met "
+            "the quota."
+        )
 
 
 def _judged(job: Any, course: Any, round: Any) -> sa.Exists:

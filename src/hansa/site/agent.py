@@ -16,7 +16,7 @@ or an agent that was killed goes on from what is on disk.
 | the disk is full when a round is done | the update is kept until there is room: nothing is retrained |
 | a defect in one task | its answer is ``lost``, with the reason; the agent's log has the traceback |
 | a task or job leaves the agenda and comes back at once | begun again when what it left behind has ended |
-| more jobs than ``policy.max_jobs`` | those that came last wait until another is over, or at rest |
+| more jobs than ``policy.max_jobs`` | those that came last wait until another is over or rests; submitters learn why |
 | the same agenda again and again | asked for ever more slowly |
 | a name that would lead out of the site's folder | that assignment is not taken up |
 | the certificate was revoked or has expired | AccessError: the agent ends, and says what to do |
@@ -35,19 +35,23 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from hansa.core import storage, wire
 from hansa.errors import AccessError, HansaError, JobError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
+from hansa.site import history
 from hansa.site.joined import IDLE_S, JoinedJob, lost
 from hansa.site.outbox import Entry, Outcome
 from hansa.site.settings import FILE, SiteSettings, load
+from hansa.site.telling import without_paths
 from hansa.site.warm import whole
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
     INLINE_BYTES,
+    MAX_ACTIVITIES,
     PROTOCOL,
     Activity,
     Agenda,
@@ -56,6 +60,7 @@ from hansa.transport.messages import (
     AskRoster,
     Assignment,
     Attend,
+    Missing,
     Poll,
     Report,
     Ring,
@@ -127,8 +132,10 @@ class Agent:
         self._jobs_folder = jobs_folder(directory)
         self._histories = directory / WORK / "history"
         self._jobs: dict[str, JoinedJob] = {}
+        self._listed: frozenset[str] = frozenset()  # the jobs on the last agenda
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._doing: dict[str, _Doing] = {}
+        self._held: dict[str, tuple[float, str]] = {}  # what waits for another job to end: since when, and why
         self._news = asyncio.Event()
         self._activity = asyncio.Event()
         self._lease_s = 60.0
@@ -272,7 +279,7 @@ class Agent:
             self._newest_roster = 0
 
     async def _take_up(self, connection: Connection, agenda: Agenda) -> None:
-        jobs = {id for id in agenda.jobs if _is_name(id)}
+        jobs = self._listed = frozenset(id for id in agenda.jobs if _is_name(id))
         wanted = {given.task: given for given in agenda.assignments if given.job in jobs and _sound(given)}
         for name, doing in self._doing.items():
             if name not in wanted and not doing.withdrawn:
@@ -281,27 +288,35 @@ class Agent:
                 doing.task.cancel()
         for id in [id for id in self._jobs if id not in jobs]:
             self._leaving[id] = asyncio.create_task(self._leave(id, self._jobs.pop(id)))
+        held, self._held = self._held, {}
         for given in wanted.values():
             if given.task not in self._doing and given.job not in self._leaving:
-                self._begin(connection, given)
+                why = self._begin(connection, given)
+                if why:
+                    self._held[given.task] = held.get(given.task, (time.monotonic(), why))
+        if self._held.keys() != held.keys():
+            self._activity.set()
         await whole(partial(self._sweep, jobs, {*wanted, *self._doing}))
 
-    def _begin(self, connection: Connection, given: Assignment) -> None:
+    def _begin(self, connection: Connection, given: Assignment) -> str:
+        """Begin an assignment; return why it has to wait, which its submitter is told, or nothing."""
         warm = {id for id, job in self._jobs.items() if job.warm}
         at_work = warm | {doing.job for doing in self._doing.values()} | self._leaving.keys()
         if given.job not in at_work and len(at_work) >= self._settings.policy.max_jobs:
+            most = self._settings.policy.max_jobs
             _LOG.info("Job %s waits: %d jobs are at work here. (site.toml: policy.max_jobs)", given.job, len(at_work))
-            return
+            return f"{len(at_work)} other jobs are at work at this site, which takes {most} at once (policy.max_jobs)"
         try:
             job = self._joined(given.job)
         except StorageError as error:  # asked for again with the next agenda
             _LOG.warning("Job %s can't be joined: %s", given.job, error.message)
-            return
+            return ""
         task = asyncio.create_task(self._do(connection, job, given))
         self._doing[given.task] = _Doing(given.job, task)
         task.add_done_callback(partial(self._done, given.task))
+        return ""
 
-    def _sweep(self, jobs: set[str], tasks: set[str]) -> None:
+    def _sweep(self, jobs: frozenset[str], tasks: set[str]) -> None:
         """Delete what jobs of an earlier life of this agent have left, and answers that nobody waits for."""
         for path in self._jobs_folder.iterdir():
             if path.name not in jobs and path.name not in self._jobs and path.name not in self._leaving:
@@ -323,6 +338,10 @@ class Agent:
                 await asyncio.wait(ending)
             await whole(job.forget)
             _LOG.info("Job %s is over here", id)
+            try:
+                await whole(partial(history.prune, self._histories, self._listed, datetime.now(UTC)))
+            except StorageError as error:
+                _LOG.warning("What is old in the history was not forgotten: %s", error.message)
         finally:
             del self._leaving[id]
             self._news.set()
@@ -421,7 +440,10 @@ class Agent:
                 manifest = await whole(lambda: describe(path, wire.cuts(path)))
                 await connection.upload(job.id, given.task, path, manifest)
                 upload = manifest.digest
-        await connection.call(Answer(job.id, given.task, inline, upload, outcome.missing, outcome.inspected))
+        missing = outcome.missing
+        if missing is not None:
+            missing = Missing(missing.kind, without_paths(missing.reason, self._settings, self._directory))
+        await connection.call(Answer(job.id, given.task, inline, upload, missing, outcome.inspected))
 
     # Reports
 
@@ -439,7 +461,8 @@ class Agent:
             self._activity.clear()
             now = time.monotonic()
             activities = [Activity(task, it.phase, it.seconds(now)) for task, it in self._doing.items()]  # type: ignore[arg-type]
-            await connection.call(Report(activities))
+            activities += [Activity(task, "waiting", now - since, why) for task, (since, why) in self._held.items()]
+            await connection.call(Report(activities[:MAX_ACTIVITIES]))
 
 
 def _is_name(name: str) -> bool:

@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a site has answered for each signed job, kept for good, so that a server can't have it done over with others.
 
-    work/history/DIGEST.jsonl     {"job"}, then a line for each plan that was answered: {"step", "plan"}
+    work/history/DIGEST.jsonl     {"job", "created"}, then a line for each plan that was answered: {"step", "plan"}
+    work/history/horizon.json     when the newest job was signed that has been forgotten
 
 The digest is of what was signed, not of its ZIP file, and the file outlives the job: a job that leaves the agenda and
-comes back goes on from it.
+comes back goes on from it. What is old, or too much, is forgotten once the job is on no agenda. What was signed no
+later than something forgotten is taken up no more, so that nothing forgotten is done over, whatever a clock says.
 
 | case | result |
 |---|---|
 | a signed job under a second id | PolicyError |
 | a second, different plan for a round that was answered | PolicyError |
 | the same plan again: the server was restarted, the answer was lost | carried out again |
+| a job that is resumed while its round is evaluated | the server keeps that round's model (`hansa.server.store`) |
+| a signed job that this site has forgotten, or never heard of, and as old as one that it has | PolicyError |
+| a power cut between the horizon and what it lets go of | the files are forgotten the next time |
 | a power cut or a full disk while a line is written | that line does not count, and is written over |
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+from collections.abc import Collection
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,9 +37,22 @@ from hansa.core import storage
 from hansa.errors import PolicyError, StorageError
 from hansa.transport.messages import Assignment
 
+KEPT_DAYS = 90
+"""For how long a job's history is kept after the job was signed, once the job is over."""
+
+MOST_KEPT = 10_000
+"""How many histories of jobs that are over are kept."""
+
+_HORIZON = "horizon.json"
+
 
 class _Job(msgspec.Struct):
     job: str
+    created: datetime
+
+
+class _Horizon(msgspec.Struct):
+    created: datetime
 
 
 class _Answered(msgspec.Struct):
@@ -67,7 +88,8 @@ class History:
                 if first:
                     self._claimed(msgspec.json.decode(first, type=_Job).job, job)
                 else:
-                    self._append(file, _Job(job))
+                    _check_horizon(folder, bundle.created)
+                    self._append(file, _Job(job, bundle.created))
                     storage.sync_directory(folder)
                 for line in lines:
                     said = msgspec.json.decode(line, type=_Answered)
@@ -76,6 +98,10 @@ class History:
             raise storage.full(self._path, error) from error
         except msgspec.MsgspecError as error:
             raise StorageError(f"{self._path} is damaged: {error}.") from error
+        except PolicyError:
+            if not self._size:
+                self._path.unlink(missing_ok=True)
+            raise
 
     def _claimed(self, known: str, job: str) -> None:
         if known != job:
@@ -113,6 +139,57 @@ class History:
         file.flush()
         os.fsync(file.fileno())
         self._size += len(data)
+
+
+def prune(folder: Path, jobs: Collection[str], now: datetime) -> None:
+    """Forget what is old, or too much, of jobs that are over.
+
+    Args:
+        folder: where the site keeps all histories.
+        jobs: ids of the jobs that are on the agenda; theirs are kept.
+        now: what counts as old by it. A wrong clock makes jobs be forgotten early, and never done over.
+
+    Raises:
+        StorageError: it can't be read or written.
+    """
+    over: list[tuple[datetime, Path]] = []
+    try:
+        for path in folder.glob("*.jsonl"):
+            with path.open("rb") as file:
+                first = file.readline()
+            with contextlib.suppress(msgspec.MsgspecError):  # a damaged one is looked at by who runs into it
+                known = msgspec.json.decode(first, type=_Job)
+                if known.job not in jobs:
+                    over.append((known.created, path))
+        over.sort()
+        oldest = now - timedelta(days=KEPT_DAYS)
+        gone = [item for i, item in enumerate(over) if item[0] < oldest or i < len(over) - MOST_KEPT]
+        if not gone:
+            return
+        horizon = max(gone[-1][0], _horizon(folder) or gone[-1][0])
+        storage.write_atomic(folder / _HORIZON, msgspec.json.encode(_Horizon(horizon)))
+        for _, path in gone:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage.full(folder, error) from error
+
+
+def _horizon(folder: Path) -> datetime | None:
+    try:
+        return msgspec.json.decode((folder / _HORIZON).read_bytes(), type=_Horizon).created
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise StorageError(f"{folder / _HORIZON} is damaged: {error}.") from error
+
+
+def _check_horizon(folder: Path, created: datetime) -> None:
+    horizon = _horizon(folder)
+    if horizon is not None and created <= horizon:
+        raise PolicyError(
+            f"The job was signed at {created:%Y-%m-%d %H:%M} UTC. This site has forgotten what it answered to jobs "
+            f"signed by {horizon:%Y-%m-%d %H:%M}, and takes up none of that age. Submit the job again."
+        )
 
 
 def _step(given: Assignment) -> str:

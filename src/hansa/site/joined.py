@@ -12,6 +12,7 @@
 | the worker dies at work (killed, out of memory, segfault) | started anew, ``ATTEMPTS`` times in all |
 | it dies each time | the answer is ``lost``, with the cause |
 | the recipe or the data raise a Hansa error | the answer is ``refused``, with the reason |
+| they raise another error | the answer is ``lost``, with what `hansa.site.telling` lets out of it |
 | a task is withdrawn while it waits its turn | the worker goes on with the one that it is at |
 | a task is withdrawn while it is worked on | the worker ends; what another task needs is started anew |
 | the roster changes | the signature is checked again before the next task: a revoked signer's job is refused |
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import time
 from collections import Counter
@@ -45,12 +47,14 @@ from hansa.site import policy
 from hansa.site.history import History
 from hansa.site.outbox import UPDATE, Outbox, Outcome
 from hansa.site.settings import SiteSettings
+from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
 from hansa.transport.client import Connection
 from hansa.transport.messages import Assignment, Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
 from hansa.workers import messages
-from hansa.workers.messages import Absent, Answered, Inspect, Perform, Work
+from hansa.workers.messages import Absent, Answered, DefectError, Inspect, Perform, Work
+from hansa.workers.runner import trace_name, trace_note
 
 IDLE_S = 900.0
 """How long a worker is kept warm for the next task."""
@@ -61,6 +65,8 @@ MOST_BYTES = 1 << 40
 """The largest plan or bundle that is fetched where the site's policy has no ``max_model_bytes``: 1 TiB."""
 
 _SPARE_BYTES = 16 << 20
+
+_LOG = logging.getLogger("hansa.site")
 
 
 class JoinedJob:
@@ -129,8 +135,10 @@ class JoinedJob:
                     return Outcome(inspected=Inspected(found.counts, found.labels))
                 return await self._perform(job, given, *plan, folder / UPDATE)
         except (PolicyError, WireError) as error:
-            return refused(error.message)
+            return refused(self._filtered(given, error.message))
         except SiteError as error:
+            if isinstance(error.__cause__, DefectError):
+                return lost(self._explained(given, error.message, error.__cause__.trace))
             return lost(error.message)
         finally:
             self._last = time.monotonic()
@@ -281,7 +289,7 @@ class JoinedJob:
         except TimeoutError:
             raise PolicyError(f"The round took longer than the {limit:g} s that this site allows.") from None
         if isinstance(answer, Absent):
-            return Outcome(missing=Missing(answer.kind, _shortened(answer.reason)))
+            return Outcome(missing=Missing(answer.kind, _shortened(await whole(partial(self._reason, given, answer)))))
         assert isinstance(answer, Answered), answer
         if not answer.spooled:
             empty = Update(
@@ -298,6 +306,26 @@ class JoinedJob:
         await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
         await whole(partial(self._history.note, given))
         return Outcome()
+
+    def _reason(self, given: Assignment, answer: Absent) -> str:
+        """Return why there is no update; of a traceback that the worker has written, what the submitter may read."""
+        path = self._directory / "work" / "errors" / trace_name(given.course, self._site, given.round)
+        note = trace_note(path.absolute())
+        if not answer.reason.endswith(note):
+            return self._filtered(given, answer.reason)
+        trace = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return self._explained(given, answer.reason.removesuffix(note), trace)
+
+    def _filtered(self, given: Assignment, reason: str) -> str:
+        told = without_foreign_frames(reason, (self._directory / "files").absolute())
+        if told != reason:
+            _LOG.warning("%s: %s", given.task, reason)
+            told += f"\nThe site's log has all of it, at task {given.task}."
+        return told
+
+    def _explained(self, given: Assignment, summary: str, trace: str) -> str:
+        _LOG.warning("%s: %s\n%s", given.task, summary, trace)
+        return explained(summary, trace, (self._directory / "files").absolute(), given.task)
 
     @property
     def warm(self) -> bool:

@@ -20,8 +20,9 @@ from typing import TypeVar
 from hansa.core import storage
 from hansa.core.config import Job
 from hansa.errors import HansaError, PolicyError, SiteError, StorageError, WireError
+from hansa.site import memory
 from hansa.site.settings import SiteSettings
-from hansa.workers.messages import Answer, Close, Failed, Start, Work
+from hansa.workers.messages import Answer, Close, DefectError, Failed, Start, Work
 from hansa.workers.runner import num_threads
 from hansa.workers.worker import INHERITED, Worker
 
@@ -80,7 +81,8 @@ class WarmWorker:
                 await self._stop("the task was withdrawn")
                 raise
             if isinstance(answer, Failed):
-                raise _failure(answer.as_error())
+                failure = answer.as_error()
+                raise _failure(failure) from failure
             return answer
         raise AssertionError("the last attempt returns or raises")
 
@@ -116,10 +118,13 @@ class WarmWorker:
         start = Start(job.to_json(), str((self._directory / "work").absolute()), resources.max_memory_bytes)
         worker.serving = asyncio.create_task(worker.serve(start, lambda _: ready.set()))
         worker.serving.add_done_callback(lambda _: ready.set())
+        if resources.max_memory_bytes is not None:
+            holding = asyncio.create_task(memory.hold(worker, resources.max_memory_bytes))
+            worker.serving.add_done_callback(lambda _: holding.cancel())
         await ready.wait()
         if not worker.ready:
             failure = worker.failure or SiteError(worker.ending or "its worker ended")
-            raise failure if isinstance(failure, SiteError) else _failure(failure)
+            raise failure if isinstance(failure, SiteError) else _failure(failure) from failure
         return worker
 
     async def _stop(self, reason: str) -> None:
@@ -149,7 +154,9 @@ def _failure(error: Exception) -> HansaError:
     """Return what an error of the job's program means at a site."""
     if isinstance(error, StorageError | WireError):
         return error
-    return PolicyError(error.message) if isinstance(error, HansaError) else SiteError(str(error))
+    if isinstance(error, HansaError):
+        return PolicyError(error.message)
+    return SiteError(error.summary if isinstance(error, DefectError) else str(error))
 
 
 def attach_folder(directory: Path, site: str) -> Path:

@@ -126,11 +126,15 @@ class AskAgenda(Message):
 
 
 class Activity(Message):
-    """What a site is at: ``seconds`` since it began with ``task``; it holds the deadline against its own time."""
+    """What a site is at: ``seconds`` since it began with ``task``; it holds the deadline against its own time.
+
+    ``why`` is what a task waits for that the site has not begun with.
+    """
 
     task: Label
     phase: Literal["waiting", "receiving", "working", "sending"]
     seconds: Seconds
+    why: Label = ""
 
 
 class Report(Message):

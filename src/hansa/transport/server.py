@@ -88,11 +88,13 @@ class Destination:
         path: where the file is to be; that it is there already is found out, and nothing of it is sent again.
         max_bytes: the largest file; equal pieces, which travel once, all count.
         max_manifest_bytes: the longest manifest.
+        check: told the manifest before anything is written; raises what speaks against the file.
     """
 
     path: Path
     max_bytes: int
     max_manifest_bytes: int
+    check: Callable[[Manifest], object] = lambda manifest: None
 
 
 class Handlers(Protocol):
@@ -382,6 +384,7 @@ class Server:
             manifest = Manifest.decode(bytes(data))
             if manifest.digest != offer.digest:
                 raise WireError("A manifest has another digest than the one it was offered by.")
+            place.check(manifest)
             return stack.enter_context(Incoming(place.path, manifest, max_bytes=place.max_bytes))
 
         with contextlib.ExitStack() as stack:

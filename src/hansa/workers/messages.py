@@ -160,8 +160,17 @@ class Metrics(msgspec.Struct, tag=True):
     values: dict[str, float]
 
 
+class DefectError(RuntimeError):
+    """An error of a worker that is none of Hansa's: ``summary`` is its kind and message, ``trace`` the traceback."""
+
+    def __init__(self, summary: str, trace: str) -> None:
+        super().__init__(f"A defect in a worker:\n{trace}")
+        self.summary = summary
+        self.trace = trace
+
+
 class Failed(msgspec.Struct, tag=True):
-    """A request ended in an error: the name of a Hansa error, or a traceback where the error is a defect.
+    """A request ended in an error: the name of a Hansa error, or none and a traceback where it is a defect.
 
     Ticket 0 is the building of the program.
     """
@@ -171,13 +180,14 @@ class Failed(msgspec.Struct, tag=True):
     message: str
     site: str | None = None
     round: int | None = None
+    trace: str = ""
 
     def as_error(self) -> Exception:
         """Return the error as it was raised in the worker."""
         kind = getattr(errors, self.error, None)
         if isinstance(kind, type) and issubclass(kind, HansaError):
             return kind(self.message, site=self.site, round=self.round)
-        return RuntimeError(f"A defect in a worker:\n{self.message}")
+        return DefectError(self.message, self.trace)
 
 
 Work = Perform | Initial | Inspect | Export | Show
@@ -201,8 +211,9 @@ def frame(message: msgspec.Struct) -> bytes:
 
 
 def failed(ticket: int, error: Exception) -> Failed:
-    """Describe ``error``: by its nearest class in :mod:`hansa.errors`, or by its traceback."""
+    """Describe ``error``: by its nearest class in :mod:`hansa.errors`, or by its message and traceback."""
     if isinstance(error, HansaError):
         name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
         return Failed(ticket, name, error.message, error.site, error.round)
-    return Failed(ticket, "", "".join(traceback.format_exception(error)))
+    trace = "".join(traceback.format_exception(error))
+    return Failed(ticket, "", f"{type(error).__name__}: {error}", trace=trace)

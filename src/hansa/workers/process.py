@@ -54,7 +54,7 @@ from hansa.workers.messages import (
     failed,
     frame,
 )
-from hansa.workers.runner import Course, SiteRunner, pin_threads, terms_from
+from hansa.workers.runner import Course, SiteRunner, is_out_of_memory, pin_threads, terms_from
 
 _LOG = logging.getLogger("hansa.worker")
 
@@ -113,12 +113,12 @@ class _Worker:
                     return Shown(request.ticket, dict(self.program.show(_read_params(request.params))))
                 case Summarise():
                     return Metrics(request.ticket, self.program.summarise(request.sums))
-        except MemoryError:
-            if self._bounded:  # a program that ran out of memory can't be relied on; a new worker has room again
+        except Exception as error:  # the engine decides what an error of a program means
+            if self._bounded and is_out_of_memory(error):  # a new worker has room again
                 _LOG.exception("Out of memory")
                 os._exit(OUT_OF_MEMORY)
-            raise
-        except Exception as error:  # noqa: BLE001 - the engine decides what an error of a program means
+            if isinstance(error, MemoryError):
+                raise
             return failed(request.ticket, error)
         return Done(request.ticket)
 
@@ -220,11 +220,11 @@ def main(descriptor: int) -> None:
         worker = _build(parse(json.loads(start.job)), Path(start.directory), bounded=start.memory_bytes is not None)
         program = worker.program
         ready = Ready(sorted(program.sites), [trait.name for trait in program.traits])
-    except MemoryError:
-        if start.memory_bytes is not None:
+    except Exception as error:  # the engine raises it where the user sees it
+        if start.memory_bytes is not None and is_out_of_memory(error):
             os._exit(OUT_OF_MEMORY)
-        raise
-    except Exception as error:  # noqa: BLE001 - the engine raises it where the user sees it
+        if isinstance(error, MemoryError):
+            raise
         line.send(failed(0, error))
         return
     line.send(ready)

@@ -102,7 +102,9 @@ class SiteRunner:
             raise
         except HansaError as error:
             return Absence(site, "refused", error.message)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - one site's failure must not end the job
+        except (Exception, SystemExit) as error:  # one site's failure must not end the job
+            if is_out_of_memory(error) and MemoryError in self._fatal:
+                raise MemoryError(str(error)) from error
             return Absence(site, "lost", self._log(site, plan, error))
         return replace(update, seconds=max(0.0, time.perf_counter() - begun))
 
@@ -124,9 +126,28 @@ class SiteRunner:
 
     def _log(self, site: str, plan: Plan, error: BaseException) -> str:
         self._errors.mkdir(parents=True, exist_ok=True)
-        path = self._errors / f"{plan.job}.{site}.{plan.round:06d}.txt"
+        path = self._errors / trace_name(plan.job, site, plan.round)
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        return f"{type(error).__name__}: {error} (traceback in {path})"
+        return f"{type(error).__name__}: {error}{trace_note(path)}"
+
+
+def trace_name(course: str, site: str, round: int) -> str:
+    """Return the name, in the folder ``errors``, of the traceback of what a site met in a round."""
+    return f"{course}.{site}.{round:06d}.txt"
+
+
+def trace_note(path: Path) -> str:
+    """Return how a reason ends whose traceback is in ``path``."""
+    return f" (traceback in {path})"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory ran out; torch's are a RuntimeError, on the CPU told by its text only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def num_threads(section: EngineSection, site: str | None) -> int:

@@ -84,6 +84,7 @@ class Worker:
         self._tickets = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Answer]] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._memory_bytes: int | None = None
         self.connection, theirs = socket.socketpair()
         own = {name: value for name, value in os.environ.items() if inherited is None or name in inherited}
         variables = {**own, **dict.fromkeys(_THREADS, str(threads)), **(environment or {})}
@@ -119,6 +120,7 @@ class Worker:
     async def serve(self, start: Start, on_ready: Callable[[Ready], None]) -> None:
         """Read what the worker says until it ends, and see to it that it has ended with all it started."""
         reader, self._writer = await asyncio.open_connection(sock=self.connection)
+        self._memory_bytes = start.memory_bytes
         try:
             self.send(start)
             while True:
@@ -166,7 +168,9 @@ class Worker:
 
     def _give_up(self, code: int) -> None:
         if self.failure is None:
-            self.failure = SiteError(self.ending or f"{_cause(code)} (its output is in {self._log})")
+            self.failure = SiteError(
+                self.ending or f"{_cause(code, self._memory_bytes)} (its output is in {self._log})"
+            )
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(self.failure)
@@ -177,9 +181,9 @@ def _search_path() -> list[str]:
     return [entry or str(Path.cwd()) for entry in sys.path]
 
 
-def _cause(code: int) -> str:
-    if code == OUT_OF_MEMORY:
-        return "it needed more memory than it may take"
+def _cause(code: int, memory_bytes: int | None) -> str:
+    if code == OUT_OF_MEMORY and memory_bytes is not None:
+        return f"it needed more memory than it may take ({memory_bytes:,} bytes)"
     if code >= 0:
         return f"its worker exited with code {code}"
     name = signal.Signals(-code).name
