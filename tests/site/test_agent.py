@@ -901,7 +901,7 @@ async def test_whom_a_job_waits_for_is_told(tmp_path):
             while not workers_of(lab.site("s0")):
                 await asyncio.sleep(0.05)
         second = await lead.submit(job(tmp_path, rounds=1))
-        why = "1 other jobs are at work at this site, which takes 1 at once (policy.max_jobs)"
+        why = "the site is at work on as many jobs as it takes at once: 1 (policy.max_jobs)"
         await lead.until(second, f"s0 waits: {why}")
         view = await lead.show(second)
         assert view.activities["s0"].startswith("checking: waiting for")

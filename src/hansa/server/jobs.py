@@ -298,13 +298,13 @@ class Jobs:
 
     def settle(self, id: str, error: BaseException | None) -> None:
         """Write down how a job ended, and what it still holds."""
+        if self.stopping.is_set() and isinstance(error, InterruptedRunError | asyncio.CancelledError):
+            return
         self._store.hold(id, size_of(self.folder(id)))
         if error is None:
             self._store.set_state(id, "finished")
             self._store.event(id, "state", "finished")
         elif isinstance(error, InterruptedRunError | asyncio.CancelledError):
-            if self.stopping.is_set():
-                return
             self._store.event(id, "state", "aborted")
         else:
             text = str(error) if isinstance(error, HansaError) else f"a defect: {type(error).__name__}: {error}"

@@ -305,7 +305,7 @@ class Agent:
         if given.job not in at_work and len(at_work) >= self._settings.policy.max_jobs:
             most = self._settings.policy.max_jobs
             _LOG.info("Job %s waits: %d jobs are at work here. (site.toml: policy.max_jobs)", given.job, len(at_work))
-            return f"{len(at_work)} other jobs are at work at this site, which takes {most} at once (policy.max_jobs)"
+            return f"the site is at work on as many jobs as it takes at once: {most} (policy.max_jobs)"
         try:
             job = self._joined(given.job)
         except StorageError as error:  # asked for again with the next agenda

@@ -65,7 +65,9 @@ class Resources(Section):
     )
     gpus: str | None = Field(None, description="GPUs, as in CUDA_VISIBLE_DEVICES; all if left out, none if empty.")
     max_memory_bytes: Bytes | None = Field(
-        None, description="Memory that one process may take (RLIMIT_DATA); beyond it the worker dies."
+        None,
+        description="Memory that a job's worker and all that it starts may take together; beyond it they are ended. "
+        "One process is held at once (RLIMIT_DATA), their sum is looked at twice a second.",
     )
     environment: dict[str, str] = Field(
         default_factory=dict,
