@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from federations import Loopback, loopback
-from hansa.errors import AccessError, WireError
+from hansa.errors import AccessError, JobError, WireError
 from hansa.pki.kit import Kit
 from hansa.server import service
 from hansa.server.store import Store
@@ -84,8 +84,8 @@ async def test_jobs_that_grow_at_once_meet_it_together(tmp_path: Path) -> None:
             assert "failed" in states
             with contextlib.closing(Store.view(None, federation.made.server)) as store:
                 assert store.held("ana") <= 4 * MIB
-            for id, state in zip(ids, states, strict=True):
-                if state == "running":
+            for id in ids:
+                with contextlib.suppress(JobError):  # it has failed
                     await lead.connection.call(AbortJob(id))
 
 
