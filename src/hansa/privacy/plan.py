@@ -232,9 +232,8 @@ def _of_steps(job: Job, section: PrivacySection, unit: str, examples: int | None
     if section.delta >= 1 / examples:
         warnings = (f"delta = {section.delta:g} is not below one over the number of examples (1/{examples}).",)
     sampling = f"Poisson, rate {rate:g} of a site's {examples} examples at least, for every step"
-    return PrivacyPlan(
-        terms, f"an {unit} of a site's training data", "one added or removed", sampling, claims, warnings
-    )
+    neighbours = "one added or removed; a site's weight tells how many there are, and that is taken as public"
+    return PrivacyPlan(terms, f"an {unit} of a site's training data", neighbours, sampling, claims, warnings)
 
 
 def steps_of(job: Job, examples: int) -> int:
