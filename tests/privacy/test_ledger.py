@@ -95,14 +95,19 @@ def test_the_tighter_accountant_decides(ledger: Ledger) -> None:
     assert ledger.charge(charge(release=release), between) == pytest.approx(pld)
 
 
-def test_a_task_is_charged_once_unless_its_answer_may_have_left(ledger: Ledger) -> None:
+def test_a_task_is_charged_once_until_its_update_may_have_left(ledger: Ledger) -> None:
     first = ledger.charge(charge(), BUDGET)
     assert ledger.charge(charge(), BUDGET) == first
+    ledger.sent("a" * 64, "t2")
+    assert ledger.charge(charge(), BUDGET) == first
     assert len(ledger.read().entries) == 1
-    assert ledger.charge(charge(), BUDGET, again=True) > first
+    ledger.sent("a" * 64, "t1")
+    second = ledger.charge(charge(), BUDGET)
+    assert ledger.charge(charge(), BUDGET) == second > first
     for other in (charge("t2"), charge(job="b" * 64), charge(release=Release(11.0, 0.01, 20))):
         ledger.charge(other, BUDGET)
     assert len(ledger.read().entries) == 5
+    assert ledger.read().spent(BUDGET) > second
 
 
 def test_noise_for_examples_is_nothing_for_users(ledger: Ledger) -> None:
@@ -116,7 +121,7 @@ def test_noise_for_examples_is_nothing_for_users(ledger: Ledger) -> None:
 
 def test_each_data_set_has_its_own(tmp_path: Path) -> None:
     Ledger(tmp_path, "notes").charge(charge(), BUDGET)
-    assert Ledger(tmp_path, "other").read().entries == ()
+    assert Ledger(tmp_path, "other").read().entries == []
 
 
 def lines(path: Path) -> list[bytes]:

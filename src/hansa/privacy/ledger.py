@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What has been spent of a data set's privacy, over all jobs, in a file that shows when it was tampered with.
 
-    NAME.jsonl    a line for each release that training was allowed to make; each has the SHA-256 of the line before
+    NAME.jsonl    a line for each release that training was allowed to make, and one when its update may leave; each
+                  has the SHA-256 of the line before
     NAME.head     how many lines count and the SHA-256 of the last, signed with the owner's key
 
 A line is written and synced first, then the head, by one rename. The head decides: a line beyond it was never
@@ -13,8 +14,8 @@ sampling both are exact for Gaussian noise (:mod:`hansa.privacy.accounting`).
 
 | case | result |
 |---|---|
-| the same job, task and release again: the agent or its worker was killed | charged once |
-| ... whose answer may have left already | charged again: noise that is drawn twice tells more |
+| the same job, task and release again, as its agent or worker was killed | charged once |
+| ... after its update may have left | charged again: who gets two draws of the noise learns more |
 | a round that would exceed the budget | PolicyError, and nothing is charged |
 | a release that hides an example only, of a budget for whole users | PolicyError: no amount of it would do |
 | a line that was changed, removed, added in between, or exchanged | StorageError that names the line |
@@ -38,7 +39,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 from pydantic import Field
@@ -80,28 +81,40 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of the ledger.
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
+    """What every line has.
 
     Attributes:
         number: which line, from 1.
         before: the SHA-256 of the line before; of nothing for the first.
-        at: when it was charged (UTC).
+        at: when it was written (UTC).
         job: the digest of what was signed.
-        id: the job's id at the server.
         task: the task's name.
-        round: its round.
-        mechanism: how it is kept private.
-        unit: whom its noise hides.
-        noise_multiplier, rate, count: the release.
     """
 
     number: _Count
     before: str
     at: str
     job: str
-    id: str
     task: str
+
+
+class Sent(_Line, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="sent"):
+    """The update of a task may leave from now on."""
+
+
+class Entry(_Line, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="charge"):
+    """A charge.
+
+    Attributes:
+        id: the job's id at the server.
+        round: the task's round.
+        mechanism: how it is kept private.
+        unit: whom its noise hides.
+        noise_multiplier, rate, count: the release.
+    """
+
+    id: str
     round: int
     mechanism: str
     unit: Literal["example", "user"]
@@ -155,14 +168,27 @@ class Books:
     """A ledger as it was read.
 
     Attributes:
-        entries: the lines that count.
+        lines: those that count.
         size: their bytes.
         digest: the SHA-256 of the last.
     """
 
-    entries: Sequence[Entry] = ()
+    lines: Sequence[Entry | Sent] = ()
     size: int = 0
     digest: str = field(default=hashlib.sha256().hexdigest())
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What was charged."""
+        return [line for line in self.lines if isinstance(line, Entry)]
+
+    def open(self, charge: Charge) -> bool:
+        """Say whether a charge is paid, and its update has not left."""
+        last = None
+        for line in self.lines:
+            if (line.job, line.task) == (charge.job, charge.task):
+                last = line
+        return isinstance(last, Entry) and last.release == charge.release
 
     def spent(self, budget: Budget, *more: Entry | Charge, enough: float = 0.0) -> float:
         """Return the ε of all and ``more`` for a budget's δ and unit; up to ``enough`` an upper bound will do."""
@@ -193,13 +219,8 @@ class Ledger:
         self._path = folder / f"{data}.jsonl"
         self._head = folder / f"{data}.head"
 
-    def charge(self, charge: Charge, budget: Budget, *, again: bool = False) -> float:
+    def charge(self, charge: Charge, budget: Budget) -> float:
         """Write a charge down, durably, before its training begins; return the ε that is spent with it.
-
-        Args:
-            charge: what will be released.
-            budget: what is allowed.
-            again: an earlier answer to the same task may have left: this is another release.
 
         Raises:
             PolicyError: it would exceed the budget.
@@ -207,13 +228,39 @@ class Ledger:
         """
         with self._locked():
             books = self._load()
-            if not again and any(_same(entry, charge) for entry in books.entries):
+            if books.open(charge):
                 return books.spent(budget, enough=budget.epsilon)
             after = books.spent(budget, charge, enough=budget.epsilon)
             if after > budget.epsilon:
                 raise PolicyError(self._refusal(books.spent(budget), after, charge, budget))
-            self._append(books, charge)
+            release = charge.release
+            entry = Entry(
+                **self._next(books, charge.job, charge.task),
+                id=charge.id,
+                round=charge.round,
+                mechanism=charge.mechanism,
+                unit=charge.unit,
+                noise_multiplier=release.noise_multiplier,
+                rate=release.rate,
+                count=release.count,
+            )
+            self._append(books, entry)
             return after
+
+    def sent(self, job: str, task: str) -> None:
+        """Write down, durably, that the update of a task may leave: to make it again is another release.
+
+        Raises:
+            StorageError: the ledger can't be written, or was tampered with.
+        """
+        with self._locked():
+            books = self._load()
+            self._append(books, Sent(**self._next(books, job, task)))
+
+    @staticmethod
+    def _next(books: Books, job: str, task: str) -> dict[str, Any]:
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"number": len(books.lines) + 1, "before": books.digest, "at": at, "job": job, "task": task}
 
     def read(self) -> Books:
         """Return what is spent, after checking every line.
@@ -242,7 +289,7 @@ class Ledger:
             raise self._tampered(f"line {len(whole) + 1} is missing; {said.count} were written")
         if len(lines) > said.count + 1:
             raise self._tampered(f"line {said.count + 2} was added; {said.count} were written")
-        entries: list[Entry] = []
+        read: list[Entry | Sent] = []
         digest = Books().digest
         for number, line in enumerate(whole[: said.count], 1):
             entry = self._entry(number, line)
@@ -250,15 +297,15 @@ class Ledger:
                 raise self._tampered(f"line {entry.number} stands where line {number} was")
             if entry.before != digest:
                 raise self._tampered(f"line {max(number - 1, 1)} was changed")
-            entries.append(entry)
+            read.append(entry)
             digest = hashlib.sha256(line).hexdigest()
         if digest != said.digest:
             raise self._tampered(f"line {said.count} was changed")
-        return Books(entries, sum(map(len, whole[: said.count])), digest)
+        return Books(read, sum(map(len, whole[: said.count])), digest)
 
-    def _entry(self, number: int, line: bytes) -> Entry:
+    def _entry(self, number: int, line: bytes) -> Entry | Sent:
         try:
-            return msgspec.json.decode(line, type=Entry)
+            return msgspec.json.decode(line, type=Entry | Sent)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise self._tampered(f"line {number} was changed: {error}") from error
 
@@ -276,22 +323,7 @@ class Ledger:
             raise self._tampered(f"its head, {self._head.name}, was changed: {error.message}") from error
         return head
 
-    def _append(self, books: Books, charge: Charge) -> None:
-        release = charge.release
-        entry = Entry(
-            len(books.entries) + 1,
-            books.digest,
-            datetime.now(UTC).isoformat(timespec="seconds"),
-            charge.job,
-            charge.id,
-            charge.task,
-            charge.round,
-            charge.mechanism,
-            charge.unit,
-            release.noise_multiplier,
-            release.rate,
-            release.count,
-        )
+    def _append(self, books: Books, entry: Entry | Sent) -> None:
         line = msgspec.json.encode(entry) + b"\n"
         try:
             if not self._head.exists():  # so that a ledger without a head is never one that was just begun
@@ -341,10 +373,6 @@ class Ledger:
             f"The privacy ledger {self._path} is not as it was written: {what}. Nothing is trained on {self._data!r} "
             "until its owner has put it right, from a backup of both files."
         )
-
-
-def _same(entry: Entry, charge: Charge) -> bool:
-    return (entry.job, entry.task, entry.release) == (charge.job, charge.task, charge.release)
 
 
 def _read(path: Path) -> bytes | None:
