@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from hansa.core.fit import Trait, check_fit
 from hansa.core.ports import Correction
 from hansa.core.tree import Tree
 from hansa.core.values import Plan
-from hansa.errors import FitError, JobError, ModelError, PrivacyError
+from hansa.errors import FitError, JobError, MissingExtraError, ModelError, PrivacyError
 from hansa.privacy.plan import SLACK, Terms, plan_of
 from hansa.privacy.steps import NoisySteps, noisy_steps
 from hansa.runs.carrier import pieces_of
@@ -164,6 +165,30 @@ def test_clipped_sum_of_a_torch_model_is_that_of_a_loop() -> None:
     assert found.keys() == expected.keys()
     for name, leaf in expected.items():
         torch.testing.assert_close(found[name], leaf, rtol=1e-5, atol=1e-6)
+
+
+class Recurrent(nn.Module):
+    """A sequence model, which ``torch.func.vmap`` does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x[..., None])[0].mean(-2))
+
+
+def test_clipped_sum_of_a_recurrent_model_is_that_of_a_loop() -> None:
+    x, y = data(9)
+    with bridge.seeded(0, "test"):
+        module = Recurrent()
+    expected, norms = brute(module, x, y, 0.9)
+    assert min(norms) < 0.9 < max(norms)
+    f = of_torch(module, nn.functional.cross_entropy)
+    assert f.clipped is not None
+    found = f.clipped({n: f.lift(p) for n, p in f.params.items()}, (f.lift(x), f.lift(y)), 0.9)
+    for name, leaf in expected.items():
+        torch.testing.assert_close(found[name], leaf, rtol=1e-4, atol=1e-6)
 
 
 def test_clipped_sum_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +344,16 @@ def test_ghost_clipping_is_used_where_it_gives_the_same(make: Callable[[], nn.Mo
     left = [vars(p).keys() & {"grad_sample", "_norm_sample", "_forward_counter"} for p in model.parameters()]
     assert not any(left)
     assert not any(part._forward_hooks or part._backward_hooks for part in model.modules())
+
+
+def test_ghost_clipping_without_opacus_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    model = network()
+    clipper = Clipper(model, dict(model.named_parameters()), loss_of)
+    x, y = (torch.tensor(array) for array in data(PROBES))
+    with pytest.raises(MissingExtraError, match=r"hansa\[dp-sgd\]"), clipper.ready(lambda: {"x": x, "y": y}):
+        pass
 
 
 def test_ghost_clipping_leaves_out_a_broken_row_alone() -> None:

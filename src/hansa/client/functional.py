@@ -171,6 +171,7 @@ def of_torch(
             )
     first = next(iter(named.values()))
     dropout = any(isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules())
+    recurrent = any(isinstance(part, torch.nn.RNNBase) for part in module.modules())  # vmap knows LSTM alone
     training, judging = module.train(), copy.deepcopy(module).eval()
     losses = _per_row(loss)
 
@@ -195,7 +196,16 @@ def of_torch(
             *inputs, targets = (array[None] for array in row)
             return losses(torch.func.functional_call(training, dict(params), tuple(inputs)), targets).sum()
 
-        each = torch.func.vmap(torch.func.grad(one), (None, *[0] * len(batch)), randomness="different")
+        alone = torch.func.grad(one)
+        mapped = torch.func.vmap(alone, (None, *[0] * len(batch)), randomness="different")
+
+        def each(params: AnyTree, *rows: Any) -> Mapping[str, Any]:
+            if not recurrent:
+                found: Mapping[str, Any] = mapped(params, *rows)
+                return found
+            grads = [alone(params, *row) for row in zip(*rows, strict=True)]
+            return {name: torch.stack([grad[name] for grad in grads]) for name in params}
+
         size = sum(leaf.nbytes for leaf in params.values())
         taken = max(1, EACH_BYTES // size)
         found = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
