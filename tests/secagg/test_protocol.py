@@ -117,6 +117,26 @@ def test_shares_that_come_late_complete_the_sum() -> None:
     np.testing.assert_array_equal(federation.unmask(total), plain(terms.encoding, values, who))
 
 
+def test_a_server_that_restarts_among_uploads_counts_them_again() -> None:
+    terms = terms_for(5)
+    values, who = constant(terms), terms.sites
+    federation = Federation(terms)
+    federation.share(who, federation.advertise(who))
+    spooled = {}
+    for name in who:
+        federation.site(name).receive(federation.server.inbox(name))
+        spooled[name] = masked(federation.site(name), values[name])
+        federation.server.accept(name)
+    federation.server = federation.new_server()
+    with pytest.raises(QuorumError, match="0 sites survive"):
+        federation.server.close_uploads()
+    for name in who[:4]:
+        federation.server.accept(name)
+    total = sum((spooled[name] for name in who[:4]), start=np.zeros(terms.encoding.size, np.uint32))
+    federation.reveal(who[:4], federation.vote(who[:4], federation.survivors()))
+    np.testing.assert_array_equal(federation.unmask(total), plain(terms.encoding, values, who[:4]))
+
+
 def test_a_sparse_graph_sums_with_dropouts_at_each_phase() -> None:
     terms = terms_for(70, corrupt=0.1)
     values = random_values(terms, 3)

@@ -66,7 +66,7 @@ def test_own_keys_must_be_on_the_roll_as_they_were_sent(lab: Federation) -> None
 def test_a_roll_that_is_no_roll_is_refused(lab: Federation, order: tuple[int, ...], says: str) -> None:
     roll = up_to(lab, "share", {})
     adverts = p.unpack(roll, p.Roll).adverts
-    with pytest.raises(PrivacyError, match=says):
+    with pytest.raises(PrivacyError, match=f"site {ME}, round 1: .*{says}"):
         lab.site(ME).share(changed(roll, p.Roll, adverts=tuple(adverts[at] for at in order)))
 
 
@@ -82,11 +82,22 @@ def test_a_site_that_copies_anothers_keys_is_refused(lab: Federation) -> None:
         lab.site(ME).share(p.pack(roll))
 
 
-def test_a_key_of_low_order_is_refused(lab: Federation) -> None:
-    advert = msgspec.structs.replace(p.unpack(lab.site(PEER).advertise(), p.Advert), mask=bytes(32))
+@pytest.mark.parametrize("key", ["channel", "mask"])
+def test_a_key_of_low_order_is_refused_by_the_server_and_by_those_who_would_agree(lab: Federation, key: str) -> None:
+    roll = p.unpack(up_to(lab, "share", {}), p.Roll)
+    advert = msgspec.structs.replace(roll.adverts[1], **{key: bytes(32)})
     advert = msgspec.structs.replace(advert, signature=lab.signers[PEER].sign(advert.content()))
     with pytest.raises(WireError, match=f"site {PEER}, round 1: .*low order"):
-        lab.server.add_advert(PEER, p.pack(advert))
+        Federation(lab.terms, signers=lab.signers).server.add_advert(PEER, p.pack(advert))
+    message = changed(p.pack(roll), p.Roll, adverts=(roll.adverts[0], advert, *roll.adverts[2:]))
+    site: Any = lab.site(ME)
+
+    def agree() -> None:
+        site.share(message)
+        site._session.pair_mask(site._secret("mask key"), ME, PEER)
+
+    with pytest.raises(WireError, match=f"site {PEER}, round 1: .*low order"):
+        agree()
 
 
 def test_a_site_that_was_not_asked_is_refused(lab: Federation) -> None:

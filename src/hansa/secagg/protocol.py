@@ -21,8 +21,9 @@ shares, those of its mask key; never both.
 **What the integrator does.** It makes the same :class:`Terms` for all (from the job, not from what the server says),
 gives each side a ``store`` and what was stored last, and carries bytes over channels that tell who sent them. Both call
 ``store(state)`` themselves, before the message that depends on it is returned; it must return once the bytes are
-durable, in place of the old ones. A site keeps one state a job, for as long as the job runs; it holds secrets, so keep
-it like a private key.
+durable, in place of the old ones. A site has one session of a job at a time and keeps one state a job, for as long as
+the job runs; it holds secrets, so keep it like a private key. Whom to ask is not for the server alone to say, or it may
+ask those that work with it: the share of corrupt sites is one of the sites asked.
 
 | before this leaves | this is durable |
 |---|---|
@@ -320,7 +321,7 @@ class Session:
         Raises:
             AccessError: an advert was not signed by the site that it names.
             PrivacyError: a site was not asked, is there twice, or shares a key with another; or they are too few.
-            WireError: a key is none.
+            WireError: an advert is of another session.
         """
         names = [advert.site for advert in roll.adverts]
         if names != sorted(set(names)):
@@ -362,7 +363,7 @@ class Session:
     def pair_mask(self, private: bytes, mine: str, peer: str) -> tuple[keys.Keystream, int]:
         """Return the mask of two sites, and the sign with which ``mine`` adds it; ``private`` is mine's mask key."""
         context = self.digest + msgspec.msgpack.encode(sorted((mine, peer)))
-        secret = keys.agree(private, self.adverts[peer].mask, "pair mask", context)
+        secret = self._agreed(private, peer, self.adverts[peer].mask, "pair mask", context)
         return keys.Keystream(secret, "pair stream", context), 1 if mine < peer else -1
 
     def self_mask(self, seed: bytes, site: str) -> keys.Keystream:
@@ -372,7 +373,13 @@ class Session:
     def box_key(self, private: bytes, peer: str, sender: str, receiver: str) -> bytes:
         """Return the key of the box from ``sender`` to ``receiver``, one of whom holds ``private``."""
         context = self.digest + msgspec.msgpack.encode((sender, receiver))
-        return keys.agree(private, self.adverts[peer].channel, "box", context)
+        return self._agreed(private, peer, self.adverts[peer].channel, "box", context)
+
+    def _agreed(self, private: bytes, peer: str, public: bytes, purpose: str, context: bytes) -> bytes:
+        try:
+            return keys.agree(private, public, purpose, context)
+        except WireError as error:
+            raise self.terms.malformed("its public key is of low order: anybody could agree with it", peer) from error
 
     def ballot(self, dealers: Sequence[str], survivors: Sequence[str]) -> bytes:
         """Return what survivors sign."""
@@ -381,7 +388,7 @@ class Session:
 
 
 def check_advert(terms: Terms, advert: Advert, checker: Checker) -> None:
-    """Check one advert: the session, that its site was asked, keys that can be agreed with, and the signature.
+    """Check one advert: the session, that its site was asked, and the signature.
 
     Raises:
         PrivacyError, WireError, AccessError: as of :meth:`Session.of`.
@@ -390,9 +397,6 @@ def check_advert(terms: Terms, advert: Advert, checker: Checker) -> None:
         raise terms.malformed("an advert is of another session", advert.site)
     if advert.site not in terms.sites:
         raise terms.refusal("the site was not asked", advert.site)
-    for key in (advert.channel, advert.mask):
-        if not keys.is_sound(key):
-            raise terms.malformed("a public key is of low order: anybody could agree with it", advert.site)
     try:
         checker.check(advert.site, advert.credential, advert.content(), advert.signature)
     except AccessError as error:

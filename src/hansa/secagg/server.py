@@ -115,6 +115,8 @@ class Server:
         closed = None if roll is None else {advert.site: advert for advert in roll.adverts}
         if self._take(self._adverts, closed, site, message):
             p.check_advert(self._terms, message, self._checker)
+            if not (keys.is_sound(message.channel) and keys.is_sound(message.mask)):
+                raise self._terms.malformed("a public key is of low order: anybody could agree with it", site)
             taken = {key for advert in self._adverts.values() for key in (advert.channel, advert.mask)}
             if len(taken | {message.channel, message.mask}) < len(taken) + 2:
                 raise self._refused(site, "it advertised a public key that is there already")

@@ -18,7 +18,7 @@ import numpy as np
 
 from hansa.core.lazy import BLOCK, Array, Leaf, Memo
 from hansa.core.tree import Parts
-from hansa.errors import SiteError, VersionError, WireError
+from hansa.errors import HansaError, SiteError, VersionError, WireError
 from hansa.secagg import keys, shamir
 from hansa.secagg import protocol as p
 from hansa.secagg.ring import Vector
@@ -84,7 +84,14 @@ class Site:
                 self._succeed(last)
             self._state = _State(p.FORMAT, terms, name, secrets.token_bytes(keys.KEY_BYTES))
         if self._state.roll is not None:
-            self._session = p.Session.of(terms, self._state.roll, signer)
+            self._session = self._of(self._state.roll)
+
+    def _of(self, roll: p.Roll) -> p.Session:
+        try:
+            return p.Session.of(self._terms, roll, self._signer)
+        except HansaError as error:
+            error.site = error.site or self._name
+            raise
 
     def _read(self, stored: bytes) -> _State:
         found = p.unpack(stored, _Format).format
@@ -167,7 +174,7 @@ class Site:
         """
         self._secret("seed")
         message = p.receive(self._terms, roll, p.Roll, self._name)
-        session = p.Session.of(self._terms, message, self._signer)
+        session = self._of(message)
         mine = session.adverts.get(self._name)
         if mine is None or self._state.advert is None or mine.content() != self._state.advert.content():
             raise self._refusal("the roll does not have this site's own keys")
