@@ -311,7 +311,7 @@ class RemoteCohort:
 
     async def _checked(self, reply: Reply) -> Reply:
         """Reject an update whose metrics can't be summed up: they would end the round for everybody."""
-        if isinstance(reply, Absence):
+        if isinstance(reply, Absence) or not reply.header.sums:
             return reply
         try:
             await self._engine.summarise(reply.header.sums)
