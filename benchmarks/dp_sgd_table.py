@@ -88,7 +88,7 @@ def main() -> None:
         found = [accuracy(epsilon, seed, asked.sites, asked.lr, asked.clip) for seed in range(asked.seeds)]
         scores = [score for score, _ in found]
         means.append(float(np.mean(scores)))
-        noise = "0" if math.isinf(epsilon) else f"{found[0][1]:.2f}"
+        noise = f"{found[0][1]:.3g}"
         shown = "∞" if math.isinf(epsilon) else f"{epsilon:g}"
         each = ", ".join(f"{score:.3f}" for score in scores)
         print(f"| {shown} | {noise} | {means[-1]:.3f} ± {np.std(scores):.3f} | {each} |", flush=True)
