@@ -19,7 +19,7 @@ import pytest
 from hansa.core import storage
 from hansa.errors import AccessError, PolicyError, StorageError
 from hansa.privacy.accounting import Release, epsilon
-from hansa.privacy.ledger import Budget, Charge, Ledger
+from hansa.privacy.ledger import Budget, Charge, Ledger, TamperedError
 
 BUDGET = Budget(epsilon=3.0, delta=1e-6)
 NOISY = Release(10.0, 0.01, 20)
@@ -175,7 +175,7 @@ def test_what_was_done_to_the_lines_is_named(
     path = tmp_path / "notes.jsonl"
     path.write_bytes(b"".join(tamper(lines(path))))
     for read in (ledger.read, lambda: ledger.charge(charge("next"), BUDGET)):
-        with pytest.raises(StorageError, match=found):
+        with pytest.raises(TamperedError, match=found):
             read()
 
 
@@ -193,7 +193,7 @@ def test_what_was_done_to_the_files_is_named(tmp_path: Path, tamper: Callable[[P
     fill(Ledger(tmp_path, "other"), 1)
     fill(Ledger(tmp_path, "notes"), 2)
     tamper(tmp_path)
-    with pytest.raises(StorageError, match=found):
+    with pytest.raises(TamperedError, match=found):
         Ledger(tmp_path, "notes").read()
 
 
@@ -219,7 +219,7 @@ def test_a_consistent_forgery_needs_the_owners_key(tmp_path: Path) -> None:
     fill(forger, 1)
     for name in ("notes.jsonl", "notes.head"):
         (tmp_path / "false" / name).replace(tmp_path / "true" / name)
-    with pytest.raises(StorageError, match="another signature"):
+    with pytest.raises(TamperedError, match="another signature"):
         ledger.read()
 
 
@@ -256,7 +256,7 @@ CHARGING = """
 import sys
 from pathlib import Path
 from hansa.privacy.accounting import Release
-from hansa.privacy.ledger import Budget, Charge, Ledger
+from hansa.privacy.ledger import Budget, Charge, Ledger, TamperedError
 folder, begun = Path(sys.argv[1]), int(sys.argv[2])
 for number in range(begun, 10_000):
     asked = Charge("a" * 64, "toy", f"t{number}", number + 1, "local", "user", Release(1000.0))

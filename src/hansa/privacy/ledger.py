@@ -18,9 +18,9 @@ sampling both are exact for Gaussian noise (:mod:`hansa.privacy.accounting`).
 | ... after its update may have left | charged again: who gets two draws of the noise learns more |
 | a round that would exceed the budget | PolicyError, and nothing is charged |
 | a release that hides an example only, of a budget for whole users | PolicyError: no amount of it would do |
-| a line that was changed, removed, added in between, or exchanged | StorageError that names the line |
-| lines cut off at the end | StorageError: the head counts more |
-| the head gone or altered, signed by somebody else, or that of other data | StorageError |
+| a line that was changed, removed, added in between, or exchanged | TamperedError that names the line |
+| lines cut off at the end | TamperedError: the head counts more |
+| the head gone or altered, signed by somebody else, or that of other data | TamperedError |
 | one line, whole or torn, beyond the head | a crash; it does not count |
 | both files gone, or both put back to an older state | not seen here: keep the head's count elsewhere too |
 | two processes at once | one after the other |
@@ -65,6 +65,10 @@ class Budget(Section):
         description="Against whom: the server, so that only noise added here counts (local, dp-sgd), or the other "
         "sites and the public, so that the server is trusted to add it.",
     )
+
+
+class TamperedError(StorageError):
+    """A ledger is not as it was written."""
 
 
 class Seal(Protocol):
@@ -224,7 +228,7 @@ class Ledger:
 
         Raises:
             PolicyError: it would exceed the budget.
-            StorageError: the ledger can't be written, or was tampered with.
+            StorageError: the ledger can't be written; TamperedError where it is not as it was written.
         """
         with self._locked():
             books = self._load()
@@ -251,7 +255,7 @@ class Ledger:
         """Write down, durably, that the update of a task may leave: to make it again is another release.
 
         Raises:
-            StorageError: the ledger can't be written, or was tampered with.
+            StorageError: the ledger can't be written; TamperedError where it is not as it was written.
         """
         with self._locked():
             books = self._load()
@@ -266,7 +270,7 @@ class Ledger:
         """Return what is spent, after checking every line.
 
         Raises:
-            StorageError: it can't be read, or was tampered with, and where.
+            StorageError: it can't be read; TamperedError where it is not as it was written, and how.
         """
         if not self._folder.exists():
             return Books()
@@ -368,8 +372,8 @@ class Ledger:
             f"{budget.delta:g}, {spent:.4g} is spent, and {why}."
         )
 
-    def _tampered(self, what: str) -> StorageError:
-        return StorageError(
+    def _tampered(self, what: str) -> TamperedError:
+        return TamperedError(
             f"The privacy ledger {self._path} is not as it was written: {what}. Nothing is trained on {self._data!r} "
             "until its owner has put it right, from a backup of both files."
         )

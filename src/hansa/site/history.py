@@ -107,6 +107,11 @@ class History:
         if known != job:
             raise PolicyError(f"The server offers a signed job as {job}; this site knows it as {known[:100]}.")
 
+    @property
+    def digest(self) -> str:
+        """The digest of what was signed."""
+        return self._path.stem
+
     def check(self, given: Assignment) -> None:
         """Raise PolicyError if the round was answered for another plan."""
         if self._answered.get(_step(given), given.plan) != given.plan:

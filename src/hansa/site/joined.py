@@ -18,6 +18,7 @@
 | the roster changes | the signature is checked again before the next task: a revoked signer's job is refused |
 | the server changes its mind about what was signed | ``refused``: a job has one bundle |
 | another plan for a round that was answered; the signed job under another id | ``refused`` (`hansa.site.history`) |
+| the data's privacy budget does not allow the round | ``refused``, before it is trained (`hansa.site.budget`) |
 | no task comes for ``IDLE_S`` | the worker ends; the next task starts another |
 | another job brought the same files | they are taken from its bundle instead of fetched |
 | a power cut spoils a plan, which is not synced, or its disk does | checked by its digest, and fetched again |
@@ -43,7 +44,7 @@ from hansa.core.values import Plan, Update
 from hansa.errors import ChecksumError, HansaError, PolicyError, SiteError, StorageError, WireError
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
-from hansa.site import policy
+from hansa.site import budget, policy
 from hansa.site.history import History
 from hansa.site.outbox import UPDATE, Outbox, Outcome
 from hansa.site.settings import SiteSettings
@@ -99,6 +100,8 @@ class JoinedJob:
             raise storage.full(directory, error) from error
         self._histories = histories
         self._history: History | None = None
+        self._account: budget.Account | None = None
+        self._examples: int | None = None
         self._job: Job | None = None
         self._admitted_by = -1
         self._joining = asyncio.Lock()
@@ -189,6 +192,11 @@ class JoinedJob:
         """Return an admitted bundle's job as this site runs it, its files in place."""
         bundle = self._admitted(path)
         self._history = History(self._histories, bundle, self.id)
+        data = policy.trained_on(bundle.job)
+        allowed = self._settings.privacy.budgets.get(data or "")
+        if data is not None and allowed is not None:
+            book = budget.ledger(self._kit.directory, data, self._kit)
+            self._account = budget.Account(book, allowed, self._history.digest, self.id)
         files = self._directory / "files"
         shutil.rmtree(files, ignore_errors=True)
         try:
@@ -274,6 +282,8 @@ class JoinedJob:
         form = course_form(job, given.course, given.kind, self._site)
         await whole(lambda: self._forget_plans(path))
         _check_room(out.parent, path)
+        if given.kind == "train" and self._account is not None:
+            await self._charge(self._account, job, given)
 
         def request(ticket: int, threads: int) -> Work:
             return Perform(ticket, form, str(path), self._site, threads, str(out))
@@ -304,8 +314,19 @@ class JoinedJob:
             )
             await whole(partial(wire.spool, empty, out))
         await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
+        if given.kind == "train" and self._account is not None:
+            assert self._examples is not None, "it was charged"
+            weight = (await whole(partial(wire.Spooled, out))).header.weight
+            await whole(partial(self._account.sent, job, given.task, weight, self._examples))
         await whole(partial(self._history.note, given))
         return Outcome()
+
+    async def _charge(self, account: budget.Account, job: Job, given: Assignment) -> None:
+        if self._examples is None:
+            told = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
+            assert isinstance(told, messages.Inspected), told
+            self._examples = told.counts.get("train", 0)
+        await whole(partial(account.charge, job, self._worker.traits, self._examples, given.task, given.round))
 
     def _reason(self, given: Assignment, answer: Absent) -> str:
         """Return why there is no update; of a traceback that the worker has written, what the submitter may read."""

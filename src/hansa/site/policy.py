@@ -7,6 +7,7 @@ update before it leaves.
 | a recipe that is not allowed; code of one's own by a signer who is not | PolicyError |
 | the data's name is not among the site's, or the job names paths | PolicyError that lists the names |
 | too many rounds or threads, too large a model, a filter missing or too weak | PolicyError |
+| a mechanism of privacy missing or too weak; data under a budget, and a job that goes around it | PolicyError |
 | the site's plug-in gives a reason, or fails | PolicyError with that reason: a site is closed when in doubt |
 | a plan of another job, round, task or seed than announced, or one that leads to other sites' mailboxes | PolicyError |
 | a plan of a round that the job does not have | PolicyError |
@@ -70,6 +71,7 @@ def decide(bundle: Bundle, site: str, settings: SiteSettings) -> None:
             f"engine.sites.{site}.cpus."
         )
     _require_filters(job, policy)
+    _require_privacy(job, settings)
     if policy.plugin is not None:
         _ask_plugin(policy.plugin, bundle)
 
@@ -88,6 +90,48 @@ def _require_filters(job: Job, policy: Policy) -> None:
             "baselines.local sends updates without filters, and this site requires "
             f"{', '.join(policy.require_filters)}. Set baselines.local = false."
         )
+
+
+def _require_privacy(job: Job, settings: SiteSettings) -> None:
+    rules, data = settings.privacy, trained_on(job)
+    mechanism = None if job.privacy is None else job.privacy.mechanism
+    shown = "no [privacy]" if mechanism is None else f"privacy.mechanism = {mechanism!r}"
+    if rules.require is not None and mechanism not in rules.require:
+        raise PolicyError(f"The job has {shown}; this site takes part with: {', '.join(rules.require) or 'none'}.")
+    if rules.budgets and data is None:
+        raise PolicyError(
+            "This site keeps privacy budgets of its data, and the job does not say what it trains on. Write data.train "
+            "= 'site:NAME'."
+        )
+    budget = rules.budgets.get(data or "")
+    if budget is not None:
+        enough = _HIDES[budget.unit] & _HIDES[budget.adversary]
+        if mechanism not in enough:
+            raise PolicyError(
+                f"The job has {shown}, and {data!r} has a privacy budget for one {budget.unit} against the "
+                f"{budget.adversary}. Use one of: {', '.join(sorted(enough))}."
+            )
+        own = {"strategies": [job.strategy.name], "filters": [item.name for item in job.filters]}
+        for family, names in {**own, "workflows": [job.workflow.name]}.items():
+            if strange := [name for name in names if name not in registry.TABLES[family]]:
+                raise PolicyError(f"{data!r} has a privacy budget, so {strange[0]!r} may not be among its {family}.")
+    if job.baselines.local and (budget is not None or rules.require is not None):
+        raise PolicyError("baselines.local sends what no noise hides. Set baselines.local = false.")
+
+
+_HIDES: Mapping[str, frozenset[str]] = {
+    "example": frozenset({"central", "local", "dp-sgd", "dp-ftrl"}),
+    "user": frozenset({"central", "local", "dp-ftrl"}),
+    "server": frozenset({"local", "dp-sgd"}),
+    "sites": frozenset({"central", "local", "dp-sgd", "dp-ftrl"}),
+}
+"""Mechanisms by the unit that they hide, and by the adversary that they hide it from."""
+
+
+def trained_on(job: Job) -> str | None:
+    """Return the name of the site's data that a signed job trains on, or None if it gives none."""
+    train = None if job.data is None else job.data.train
+    return train.removeprefix(SCHEME) if isinstance(train, str) and train.startswith(SCHEME) else None
 
 
 def _ask_plugin(target: str, bundle: Bundle) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, Field
 
 from hansa.core.config import Name, Section, problems
 from hansa.errors import JobError
+from hansa.privacy.ledger import Budget
 
 FILE = "site.toml"
 
@@ -75,6 +76,18 @@ class Resources(Section):
     )
 
 
+class PrivacyRules(Section):
+    """What must hide the data here. Budgets are tables [privacy.budgets.NAME], NAME as under [data.NAME]."""
+
+    require: list[Literal["central", "local", "dp-sgd", "dp-ftrl"]] | None = Field(
+        None, description="Train only in jobs with one of these mechanisms of [privacy]; any job if left out."
+    )
+    budgets: dict[Name, Budget] = Field(
+        default_factory=dict,
+        description="What all jobs together may learn of a data set; every round is charged before it is trained.",
+    )
+
+
 class SiteSettings(Section):
     """A site's settings."""
 
@@ -88,12 +101,26 @@ class SiteSettings(Section):
     doorbell: bool = Field(True, description="Keep a stream open for news; false asks by long polls only.")
     policy: Policy = Policy()
     resources: Resources = Resources()
+    privacy: PrivacyRules = PrivacyRules()
     data: dict[Name, DataPaths] = Field(
         default_factory=dict, description="What jobs call site:NAME lies where. A table each: [data.NAME]."
     )
     models: dict[str, str] = Field(
         default_factory=dict, description="A job's model.base or model.tokenizer -> the folder where it lies here."
     )
+
+    @pydantic.model_validator(mode="after")
+    def _budgets_hold(self) -> SiteSettings:
+        budgets = self.privacy.budgets
+        if unknown := sorted(budgets.keys() - self.data.keys()):
+            raise ValueError(f"privacy.budgets names data that are not under [data]: {', '.join(unknown)}")
+        if budgets and self.policy.job_paths:
+            raise ValueError("policy.job_paths lets jobs go around privacy.budgets, which are kept by the data's names")
+        for name in budgets:
+            for other, paths in self.data.items():
+                if other != name and paths.train == self.data[name].train:
+                    raise ValueError(f"data.{name} has a budget, and data.{other} is the same by another name")
+        return self
 
 
 def load(path: Path) -> SiteSettings:
@@ -134,6 +161,7 @@ def commented() -> str:
 
 
 _EXAMPLES = {
+    "require": ["dp-sgd", "local"],
     "proxy": "http://proxy.example.org:3128",
     "recipes": ["sequence-classification", "causal-lm"],
     "max_model_bytes": 1 << 34,

@@ -19,10 +19,11 @@ from typing import TypeVar
 
 from hansa.core import storage
 from hansa.core.config import Job
+from hansa.core.fit import Trait
 from hansa.errors import HansaError, PolicyError, SiteError, StorageError, WireError
 from hansa.site import memory
 from hansa.site.settings import SiteSettings
-from hansa.workers.messages import Answer, Close, DefectError, Failed, Start, Work
+from hansa.workers.messages import Answer, Close, DefectError, Failed, Ready, Start, Work
 from hansa.workers.runner import num_threads
 from hansa.workers.worker import INHERITED, Worker
 
@@ -52,6 +53,8 @@ class WarmWorker:
         self._directory = directory
         self._closed = False
         self._worker: Worker | None = None
+        self.traits: frozenset[Trait] = frozenset()
+        """Of the training code, once a worker has built it."""
 
     @property
     def alive(self) -> bool:
@@ -116,7 +119,12 @@ class WarmWorker:
         self._worker = worker
         ready = asyncio.Event()
         start = Start(job.to_json(), str((self._directory / "work").absolute()), resources.max_memory_bytes)
-        worker.serving = asyncio.create_task(worker.serve(start, lambda _: ready.set()))
+
+        def serves(told: Ready) -> None:
+            self.traits = frozenset(Trait[name] for name in told.traits)
+            ready.set()
+
+        worker.serving = asyncio.create_task(worker.serve(start, serves))
         worker.serving.add_done_callback(lambda _: ready.set())
         if resources.max_memory_bytes is not None:
             holding = asyncio.create_task(memory.hold(worker, resources.max_memory_bytes))

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Privacy budgets at a deployed site: what is refused, what is charged, and what a kill leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+import toys
+from federations import Loopback, loopback
+from hansa.bundle import Bundle
+from hansa.core import config
+from hansa.core.config import Job
+from hansa.core.fit import Trait
+from hansa.errors import PolicyError, StorageError
+from hansa.pki.identity import Role
+from hansa.pki.kit import Kit
+from hansa.privacy.accounting import Release, epsilon
+from hansa.privacy.ledger import Books, Budget
+from hansa.site import budget, policy
+from hansa.site.settings import SiteSettings, load
+from members import Members, members
+from shell import environment
+
+pytestmark = pytest.mark.timeout(120)
+
+DELTA = 1e-5
+LOCAL = {"mechanism": "local", "clip": 1.0, "noise_multiplier": 12.0, "delta": DELTA}
+DP_SGD = {**LOCAL, "mechanism": "dp-sgd", "noise_multiplier": 1.0}
+CENTRAL = {**LOCAL, "mechanism": "central"}
+DP_FTRL = {**LOCAL, "mechanism": "dp-ftrl"}
+
+
+def settings(rules: dict | None = None, **values) -> SiteSettings:
+    data = {"notes": {"train": "notes.jsonl"}, "free": {"train": "free.jsonl"}}
+    return SiteSettings(server="127.0.0.1:1", data=data, privacy=rules or {}, **values)
+
+
+def job(privacy: dict | None = LOCAL, data: str | None = "site:notes", **values) -> Job:
+    section = {} if data is None else {"data": {"train": data}}
+    return config.parse(
+        {"name": "toy", "recipe": "causal-lm", "privacy": privacy, "baselines": {"local": False}, **section, **values}
+    )
+
+
+@pytest.fixture(scope="module")
+def everybody(tmp_path_factory) -> Members:
+    return members(tmp_path_factory.mktemp("federation"))
+
+
+def decided(everybody: Members, asked: Job, rules: dict) -> None:
+    policy.decide(Bundle(asked, everybody.lead.identity, {}, datetime.now(UTC)), "s0", settings(rules))
+
+
+def budgets(**values) -> dict:
+    return {"budgets": {"notes": {"epsilon": 3.0, "delta": DELTA, **values}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "rules", "reason"),
+    [
+        (job(None), {"require": ["dp-sgd", "local"]}, r"has no \[privacy\]; this site takes part with: dp-sgd, local"),
+        (job(CENTRAL), {"require": ["dp-sgd"]}, "mechanism = 'central'; this site takes part with: dp-sgd"),
+        (job(None), budgets(), r"has no \[privacy\], and 'notes' has a privacy budget"),
+        (job(CENTRAL), budgets(), "for one example against the server. Use one of: dp-sgd, local"),
+        (job(DP_FTRL), budgets(), "for one example against the server"),
+        (job(DP_SGD), budgets(unit="user"), "for one user against the server. Use one of: local"),
+        (job(data=None), budgets(), "does not say what it trains on"),
+        (job(data="/data/notes.jsonl"), budgets(), "does not say what it trains on"),
+        (job(baselines={"local": True}), budgets(), "baselines.local sends what no noise hides"),
+        (job(baselines={"local": True}), {"require": ["local"]}, "baselines.local"),
+    ],
+)
+def test_jobs_that_a_budget_does_not_take(everybody, asked, rules, reason):
+    with pytest.raises(PolicyError, match=reason):
+        decided(everybody, asked, rules)
+
+
+@pytest.mark.parametrize(
+    ("asked", "rules"),
+    [
+        (job(), budgets()),
+        (job(DP_SGD), {"require": ["dp-sgd"], **budgets()}),
+        (job(CENTRAL), budgets(adversary="sites")),
+        (job(DP_FTRL), budgets(adversary="sites", unit="user")),
+        (job(None, data="site:free"), budgets()),
+        (job(None, data=None), {}),
+    ],
+)
+def test_jobs_that_it_takes(everybody, asked, rules):
+    decided(everybody, asked, rules)
+
+
+def test_pieces_of_ones_own_are_not_trusted_with_a_budget(everybody):
+    rules = {"budgets": {"notes": {"epsilon": 3.0, "delta": DELTA}}}
+    trusting = settings(rules, policy={"modules": ["ours:strategy"]})
+    own = Bundle(job(strategy={"name": "ours:strategy"}), everybody.lead.identity, {}, datetime.now(UTC))
+    with pytest.raises(PolicyError, match="'ours:strategy' may not be among its strategies"):
+        policy.decide(own, "s0", trusting)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[privacy.budgets.other]\nepsilon = 1.0\ndelta = 1e-5\n", "not under [data]: other"),
+        ("[privacy.budgets.notes]\nepsilon = 1.0\n", "privacy.budgets.notes.delta"),
+        ("[privacy.budgets.notes]\nepsilon = 0.0\ndelta = 1e-5\n", "privacy.budgets.notes.epsilon"),
+        ("[policy]\njob_paths = true\n[privacy.budgets.notes]\nepsilon = 1.0\ndelta = 1e-5\n", "job_paths"),
+        ('[data.twin]\ntrain = "n"\n[privacy.budgets.notes]\nepsilon = 1.0\ndelta = 1e-5\n', "by another name"),
+        ('[privacy]\nrequire = ["dp"]\n', "privacy.require"),
+    ],
+)
+def test_settings_that_would_not_hold(tmp_path, text, message):
+    path = tmp_path / "site.toml"
+    path.write_text(f'server = "a:1"\n[data.notes]\ntrain = "n"\n{text}')
+    with pytest.raises(Exception, match="is not valid") as wrong:
+        load(path)
+    assert message in str(wrong.value)
+
+
+ALLOWED = Budget(epsilon=3.0, delta=DELTA)
+
+
+def account(everybody: Members, folder: Path, digest: str = "d" * 64) -> budget.Account:
+    return budget.Account(budget.ledger(folder, "notes", everybody.site), ALLOWED, digest, "toy-0001")
+
+
+def books(everybody: Members, folder: Path) -> Books:
+    return budget.ledger(folder, "notes", everybody.site).read()
+
+
+BOUNDS = frozenset({Trait.STEPWISE, Trait.BOUNDS_EXAMPLES})
+
+
+@pytest.mark.parametrize(
+    ("privacy", "unit", "release"),
+    [
+        (DP_SGD, "example", Release(1.0, 0.01, 25)),
+        (LOCAL, "user", Release(6.0)),
+        (CENTRAL, "user", Release(6.0)),
+        (DP_FTRL, "user", Release(6.0)),
+    ],
+)
+def test_what_a_round_is_charged(everybody, tmp_path, privacy, unit, release):
+    asked = job(privacy, train={"batch_size": 40, "epochs": 0.25}, rounds=30)
+    open_account = account(everybody, tmp_path)
+    for task, round in (("t1", 1), ("t1", 1), ("t2", 2)):
+        open_account.charge(asked, BOUNDS, 4000, task, round)
+    found = books(everybody, tmp_path).entries
+    rounds = 1 if privacy is DP_FTRL else 2
+    assert [(entry.unit, entry.release) for entry in found] == [(unit, release)] * rounds
+    assert books(everybody, tmp_path).spent(ALLOWED) == pytest.approx(
+        epsilon([Release(release.noise_multiplier, release.rate, rounds * release.count)], DELTA)
+    )
+
+
+def test_an_update_of_other_examples_does_not_leave(everybody, tmp_path):
+    asked = job(DP_SGD, train={"batch_size": 40, "steps": 5})
+    open_account = account(everybody, tmp_path)
+    open_account.charge(asked, BOUNDS, 4000, "t1", 1)
+    with pytest.raises(PolicyError, match="made from 2000 examples, and 4000 were charged"):
+        open_account.sent(asked, "t1", 2000 / 1024, 4000)
+    open_account.sent(asked, "t1", 4000 / 1024, 4000)
+    open_account.charge(asked, BOUNDS, 4000, "t1", 1)
+    assert len(books(everybody, tmp_path).entries) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "traits", "examples", "reason"),
+    [
+        (job(DP_SGD), frozenset({Trait.STEPWISE}), 4000, "does not keep the privacy"),
+        (job(DP_SGD, train={"clip_grad": 1.0}), BOUNDS, 4000, "does not keep the privacy"),
+        (job(DP_SGD), BOUNDS, 0, "no examples"),
+        (job({**LOCAL, "noise_multiplier": 0.1}), BOUNDS, 4000, "budget of 'notes' does not allow this round"),
+    ],
+)
+def test_nothing_is_charged_for_what_is_refused(everybody, tmp_path, asked, traits, examples, reason):
+    with pytest.raises(PolicyError, match=reason):
+        account(everybody, tmp_path).charge(asked, traits, examples, "t1", 1)
+    assert books(everybody, tmp_path).entries == []
+
+
+def test_the_ledger_is_signed_by_the_site(everybody, tmp_path):
+    """Renewals and new keys are taken; another member's signature, or one that was revoked, is not."""
+    authority = everybody.authority
+    kit = authority.issue(tmp_path / "kit", Role.SITE, "renewed")
+    account(everybody, tmp_path / "own").charge(job(), BOUNDS, 4000, "t1", 1)
+    for stranger in (everybody.lead, kit):
+        stranger.update_roster(authority.roster.data)
+        with pytest.raises(StorageError, match=r"notes\.head, was changed"):
+            budget.ledger(tmp_path / "own", "notes", stranger).read()
+    head = tmp_path / "own" / "ledger" / "notes.head"
+    said = json.loads(head.read_bytes())
+    head.write_bytes(json.dumps({**said, "signature": said["signature"][::-1]}).encode())
+    with pytest.raises(StorageError, match=r"notes\.head, was changed"):
+        books(everybody, tmp_path / "own")
+
+
+# Deployed
+
+
+def write(lab: Loopback, allowed: float) -> None:
+    spend = f"{{ notes = {{ epsilon = {allowed}, delta = {DELTA} }} }}"
+    rules = f'[data.notes]\ntrain = "notes.jsonl"\n[privacy]\nbudgets = {spend}\n'
+    lab.write("s0", rules, job_paths=False)
+
+
+def deployed(folder: Path, rounds: int, noise: float = 12.0, **recipe) -> Job:
+    return toys.job(
+        recipe={"sites": ["s0"], "trained": str(folder / "trained.txt"), **recipe},
+        rounds=rounds,
+        evaluation={"every": 0},
+        directory=str(folder),
+        data={"train": "site:notes"},
+        privacy={**LOCAL, "noise_multiplier": noise},
+        baselines={"local": False, "base": False},
+    )
+
+
+def kept(lab: Loopback) -> Books:
+    return budget.ledger(lab.site("s0"), "notes", Kit(lab.site("s0"))).read()
+
+
+def trained(folder: Path) -> Counter[str]:
+    path = folder / "trained.txt"
+    return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+
+
+async def test_the_round_that_would_exceed_the_budget_is_not_trained(tmp_path):
+    async with loopback(tmp_path) as lab:
+        write(lab, epsilon([Release(6.0, count=5)], DELTA) + 1e-6)
+        await lab.start("s0")
+        first = await lab.run(deployed(tmp_path, rounds=3))
+        assert first.line.state == "finished", first.line.error
+        second = await lab.run(deployed(tmp_path, rounds=3))
+        assert second.line.state == "failed"
+        assert "privacy budget of 'notes' does not allow this round" in second.line.error
+        assert trained(tmp_path) == Counter({"s0 1": 2, "s0 2": 2, "s0 3": 1})
+        entries = kept(lab).entries
+        assert [entry.round for entry in entries] == [1, 2, 3, 1, 2]
+        assert len({entry.job for entry in entries}) == 2
+
+
+async def test_a_job_without_privacy_is_refused_before_anything_runs(tmp_path):
+    async with loopback(tmp_path) as lab:
+        write(lab, 3.0)
+        await lab.start("s0")
+        view = await lab.run(deployed(tmp_path, rounds=1).model_copy(update={"privacy": None}))
+        assert view.line.state == "failed"
+        assert "has no [privacy], and 'notes' has a privacy budget" in view.line.error
+        assert trained(tmp_path) == Counter()
+        assert kept(lab).entries == []
+
+
+@contextlib.contextmanager
+def agent(folder: Path):
+    """Run a site's agent as a process of its own, which is killed at the end."""
+    command = [sys.executable, "-c", "from hansa.cli.main import main; main()", "site", "start", str(folder)]
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen(command, env=environment(), stdout=output, stderr=output) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+async def until(true) -> None:
+    async with asyncio.timeout(60):
+        while not true():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_kill_between_charge_and_training_charges_once(tmp_path):
+    """Killed while it trains; the update is made again, and each round has one charge and left once."""
+    async with loopback(tmp_path) as lab, lab.lead() as lead:
+        write(lab, 50.0)
+        with agent(lab.site("s0")):
+            id = await lead.submit(deployed(tmp_path, rounds=3, delay_s=0.3))
+            await until(lambda: len(kept(lab).entries) == 2)
+        assert trained(tmp_path)["s0 2"] == 0
+        with agent(lab.site("s0")):
+            view = await lead.wait(id)
+            assert view.line.state == "finished", view.line.error
+        assert [entry.round for entry in kept(lab).entries] == [1, 2, 3]
+        assert len(kept(lab).lines) == 6
+
+
+async def test_nothing_is_trained_on_a_ledger_that_was_tampered_with(tmp_path, caplog):
+    async with loopback(tmp_path) as lab:
+        write(lab, 50.0)
+        await lab.start("s0")
+        view = await lab.run(deployed(tmp_path, rounds=1))
+        assert view.line.state == "finished", view.line.error
+        path = lab.site("s0") / "ledger" / "notes.jsonl"
+        path.write_bytes(path.read_bytes().replace(b'"noise_multiplier":6.0', b'"noise_multiplier":9.0'))
+        view = await lab.run(deployed(tmp_path, rounds=1))
+        assert view.line.state == "failed"
+        assert "ledger of the data is damaged" in view.line.error
+        assert "line 1 was changed" in caplog.text
+        assert trained(tmp_path) == Counter({"s0 1": 1})
