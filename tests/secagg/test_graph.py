@@ -71,8 +71,9 @@ def test_sites_left_out_do_not_lower_the_quorum() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_two_sites_are_never_summed(count: int) -> None:
-    with pytest.raises(PrivacyError, match="needs 3"):
-        shape(count, count, 0, 0)
+    for minimum in (1, LEAST):
+        with pytest.raises(PrivacyError, match="needs 3"):
+            shape(count, count, 0, 0, minimum)
 
 
 def test_shares_that_no_sparse_graph_serves() -> None:

@@ -183,6 +183,26 @@ def test_an_inbox_that_leaves_peers_out_is_refused(lab: Federation) -> None:
         site.receive(changed(inbox, p.Inbox, dealers=WHO[:4], boxes={n: boxes[n] for n in WHO[1:4]}))
 
 
+def test_a_site_of_a_sparse_graph_needs_the_holders_of_its_own_shares() -> None:
+    """A quorum dealt shares, but none of this site's neighbours: its masks would be its own seed's alone."""
+    lab = Federation(terms_for(70, corrupt=0.1))
+    everyone = lab.terms.sites
+    roll = lab.advertise(everyone)
+    site: Any = lab.site(ME)
+    site.share(roll)
+    near = set(site._session.neighbours[ME])
+    there = [name for name in everyone if name not in near]
+    assert len(there) >= site._session.shape.quorum
+    inbox = p.pack(p.Inbox(lab.terms.digest(), tuple(there), {}))
+    with pytest.raises(PrivacyError, match=f"site {ME}, round 1: .*1 sites that hold shares of this one dealt any"):
+        site.receive(inbox)
+    needed = site._session.shape.threshold
+    with pytest.raises(
+        QuorumError, match=rf"round 1: .*of those that hold shares of '{ME}', 1 dealt shares, {needed} are"
+    ):
+        lab.share(there, roll)
+
+
 def test_shares_for_others_than_the_holders_are_refused(lab: Federation) -> None:
     roll = up_to(lab, "share", {})
     shares = lab.site(PEER).share(roll)

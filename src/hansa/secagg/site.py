@@ -227,7 +227,7 @@ class Site:
         expected = set(session.neighbours[self._name]) & set(message.dealers)
         for odd in sorted(expected ^ message.boxes.keys()):
             raise self._malformed(f"the box of {odd!r} is {'missing' if odd in expected else 'not for this site'}")
-        self._require(len(expected) + 1, session.shape.threshold, "of those that hold shares of this one dealt any")
+        self._require(len(expected) + 1, session.shape.threshold, "that hold shares of this one dealt any")
         held = {dealer: self._unbox(session, dealer, box) for dealer, box in message.boxes.items()}
         held[self._name] = self._dealt(session)[self._name]
         self._keep(dealers=message.dealers, held=held)
@@ -361,7 +361,10 @@ class Site:
         return p.pack(p.Reveal(self._terms.digest(), self._name, shares))
 
     def finish(self) -> None:
-        """Forget all secrets of this attempt: the round is over, or was given up."""
+        """Forget all secrets of this attempt: the server has the sum, or the attempt was given up.
+
+        Not before that: a server that restarts asks for the shares again, and they are gone.
+        """
         if self._state.root:
             self._keep(root=b"", held={}, values=None)
 
