@@ -111,14 +111,33 @@ class Quadratics:
         return float((n * a).sum() / n.sum()), float((n * a * b).sum() / (n * a).sum()), float(n.sum())
 
 
-def build(job: Job) -> Quadratics:
+class Many(Quadratics):
+    """The same over ten sites or as many as are asked for, each with a problem of its own."""
+
+    def __init__(self, num_sites=10, **options):
+        super().__init__(sites=[f"s{number:02d}" for number in range(num_sites)], **options)
+
+    def inspect(self, site):
+        return SiteReport(site, {"train": self._problem(site)[2]})
+
+    def _problem(self, site):
+        number = self.sites.index(site)
+        return 1.0 + number / 10, float(number % 4), 10 + number
+
+
+def many(job: Job) -> Many:
+    """Return a program of many sites; faults are written as in :func:`build`."""
+    return build(job, Many)
+
+
+def build(job: Job, kind=Quadratics) -> Quadratics:
     """Return the program that a job's options ask for; faults are written as ``{"s1:3": "raise"}``."""
     options = dict(job.recipe.options)
     faults = {}
     for key, fault in options.pop("faults", {}).items():
         site, _, number = key.partition(":")
         faults[site, int(number)] = fault
-    return Quadratics(faults=faults, **options)
+    return kind(faults=faults, **options)
 
 
 def job(**values) -> Job:

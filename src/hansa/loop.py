@@ -27,7 +27,7 @@ from hansa.core.config import Job, TrainSection
 from hansa.core.filter import Filter
 from hansa.core.fit import Piece, Trait, check_fit
 from hansa.core.optimizer import Optimizer
-from hansa.core.ports import Handle, Reply
+from hansa.core.ports import Handle, Reply, SecureLine
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Model, Plan, RoundRecord, Snapshot, Update
@@ -176,6 +176,11 @@ class _Sites:
     def late(self, round: int) -> Sequence[Handle]:
         """Return nothing: there is no deadline."""
         return ()
+
+    @property
+    def secure(self) -> SecureLine | None:
+        """None: there is no way for such messages here."""
+        return None
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""

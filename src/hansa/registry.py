@@ -65,6 +65,7 @@ _EXTRAS = {
     "tensorboard": "tensorboard",
     "dp_accounting": "privacy",
     "randomgen": "privacy",
+    "cryptography": "privacy",
     "opacus": "dp-sgd",
 }
 

@@ -270,6 +270,34 @@ class PrivacySection(Section):
         return self
 
 
+class SecureAggregationSection(Section):
+    """The server learns the sum of the sites' updates, and of no fewer: Bonawitz et al. 2017, eprint 2017/281."""
+
+    minimum: Annotated[int, Field(ge=3)] = Field(3, description="The fewest sites that are ever summed.")
+    corrupt: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.2, description="The share of the sites asked that may work with the server without learning more."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.1, description="The share of the sites asked that may drop out; it counts above 64 sites."
+    )
+    range: Annotated[float, Field(gt=0)] = Field(
+        16.0,
+        description="The largest magnitude of an update's element; a larger one is an error at its site. Beside "
+        "[privacy] the clip bounds them.",
+    )
+    step: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The coarsest step that weighed elements are rounded to; 1e-9, or with [privacy] clip / 2^20."
+    )
+    weight_cap: Annotated[float, Field(gt=0)] = Field(
+        65536.0, description="The most examples that a site may weigh; more is an error. [privacy] has its own."
+    )
+    metrics: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Sums that metrics are computed from, and the largest magnitude of each at a site; they are summed "
+        "under the masks too. Sums that are not named do not leave a site, and no metric of a single site does.",
+    )
+
+
 class Job(Section):
     """One training run, declared.
 
@@ -295,6 +323,9 @@ class Job(Section):
     strategy: Choice = Choice(name="fedavg")
     filters: list[Choice] = Field(default_factory=list)
     privacy: PrivacySection | None = Field(None, description="Differential privacy; none if left out.")
+    secure_aggregation: SecureAggregationSection | None = Field(
+        None, description="The server sees sums only; it sees every update if left out."
+    )
     workflow: Choice = Choice(name="scatter-gather")
     cohort: CohortSection = CohortSection()
     engine: EngineSection = EngineSection()

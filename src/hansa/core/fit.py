@@ -35,6 +35,7 @@ class Trait(Enum):
     BOUNDS_EXAMPLES = "can bound what each example does to a step"
     WHOLE_BATCHES = "bounds no single example"
     BATCH_CLIP = "clips the gradient of a batch"
+    MASKED = "shows the server sums only"
     UNPROTECTED = "trains on the same data without protection"
     RELAYS = "hands the model from site to site, without a sum or a server step"
 
@@ -167,6 +168,36 @@ _RULES = (
         Trait.PER_EXAMPLE,
         Trait.UNPROTECTED,
         "it trains on the same data once more, and what that spends is not in the plan.",
+        "set baselines.local and baselines.central to false.",
+    ),
+    _Rule(
+        Trait.MASKED,
+        Trait.RELAYS,
+        "a whole model goes from site to site, and there is no sum that masks could cancel in.",
+        "use workflow 'scatter-gather'.",
+    ),
+    _Rule(
+        Trait.MASKED,
+        Trait.STALE,
+        "the masks of a late update belong to a round whose sum is made, and cancel in no other.",
+        "use cohort.late = 'discard'.",
+    ),
+    _Rule(
+        Trait.MASKED,
+        Trait.VECTORISED,
+        "sites that are one computation have no updates of their own to mask.",
+        "use engine 'local' or 'processes'.",
+    ),
+    _Rule(
+        Trait.MASKED,
+        Trait.ENCODES,
+        "what travels are elements of a ring, as wide whatever they were made from.",
+        "leave the filter out; secure_aggregation.step and range decide how wide.",
+    ),
+    _Rule(
+        Trait.MASKED,
+        Trait.UNPROTECTED,
+        "a model of one site's own training would be judged and shown.",
         "set baselines.local and baselines.central to false.",
     ),
     _Rule(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from hansa.core.fit import Trait
 from hansa.core.strategy import Steps
@@ -39,6 +39,23 @@ class Handle(Protocol):
 Reply = Handle | Absence
 
 
+Phase = Literal["advertise", "share", "receive", "vote", "reveal", "finish"]
+"""What a message of secure aggregation asks of a site."""
+
+
+class SecureLine(Protocol):
+    """The way of secure aggregation's messages between a workflow and the sites."""
+
+    @property
+    def checker(self) -> Any:
+        """Whose signatures count (:class:`hansa.secagg.protocol.Checker`)."""
+        ...
+
+    async def exchange(self, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
+        """Send each site its message, and return what each answered."""
+        ...
+
+
 class Cohort(Protocol):
     """The sites of a federation, as a workflow sees them."""
 
@@ -59,6 +76,11 @@ class Cohort(Protocol):
 
         Headers tell which round they were asked for in.
         """
+        ...
+
+    @property
+    def secure(self) -> SecureLine | None:
+        """How messages of secure aggregation reach the sites; None where they don't."""
         ...
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:

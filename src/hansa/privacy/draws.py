@@ -72,14 +72,18 @@ class Secret:
             raise StorageError(f"{path} is damaged. Its run can't go on; begin a new one.")
         return cls(key)
 
-    def generator(self, *labels: int | str) -> np.random.Generator:
-        """Return a generator of draws that depend on the secret and every label."""
+    def derive(self, *labels: int | str) -> bytes:
+        """Return 32 bytes that depend on the secret and every label, and tell nothing of other ones."""
         digest = hashlib.blake2b(key=self._key, digest_size=KEY_BYTES)
         for item in labels:
             data = str(item).encode()
             digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.digest()
+
+    def generator(self, *labels: int | str) -> np.random.Generator:
+        """Return a generator of draws that depend on the secret and every label."""
         chacha = registry.load_object("randomgen:ChaCha")
-        return np.random.Generator(chacha(key=int.from_bytes(digest.digest(), "little"), rounds=20))
+        return np.random.Generator(chacha(key=int.from_bytes(self.derive(*labels), "little"), rounds=20))
 
     def gaussian(self, shape: tuple[int, ...], dtype: np.dtype[np.generic], std: float, *labels: int | str) -> Leaf:
         """Return normal draws of standard deviation ``std``, made a block at a time where they are read."""

@@ -24,7 +24,7 @@ from hansa.runs.engine import Engine
 from hansa.runs.progress import Progress
 from hansa.workers.messages import CourseForm
 from hansa.workers.runner import Course, form_of
-from hansa.workflows.evaluate import Scores, evaluate, scores_of
+from hansa.workflows.evaluate import Masks, Scores, evaluate, scores_of
 from hansa.workflows.scatter_gather import scatter_gather
 
 Save = Callable[[str, Scores], None]
@@ -48,12 +48,13 @@ def course_form(job: Job, name: str, kind: str, site: str) -> CourseForm:
     Raises:
         PolicyError: the job asks for no such baseline, or not for that of this site.
     """
+    secure = None if job.secure_aggregation is None else job.secure_aggregation.model_dump(mode="json")
     if name == job.name:
         filters = [item.model_dump(mode="json") for item in job.filters]
-        return CourseForm(name, job.strategy.model_dump(mode="json"), filters, form_of(terms_of_job(job)))
+        return CourseForm(name, job.strategy.model_dump(mode="json"), filters, form_of(terms_of_job(job)), secure)
     judged = (name == "base" and job.baselines.base) or (name.startswith("local.") and job.baselines.local)
     if judged and (kind == "evaluate" or name == f"local.{site}"):
-        return CourseForm(name, PLAIN.model_dump(mode="json"), [])
+        return CourseForm(name, PLAIN.model_dump(mode="json"), [], secure=secure)
     raise PolicyError(f"The job asks {site} for no baseline {name[:100]!r} to {kind}.", job=job.name)
 
 
@@ -120,8 +121,10 @@ class Baselines:
             progress.say(f"The baseline {name} could not be made: {error.message}")
 
     async def _judge(self, name: str, model: Model) -> Scores:
-        cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), PLAIN))
-        return await evaluate(cohort, model, job=name, round=0, seed=self.job.seed)
+        section = self.job.secure_aggregation
+        cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), PLAIN, secure=section))
+        masks = Masks(section, self.scratch) if section else None
+        return await evaluate(cohort, model, job=name, round=0, seed=self.job.seed, masks=masks)
 
     async def _train(self, name: str, site: str, rounds: int, progress: Progress) -> Scores:
         job = self.job.model_copy(

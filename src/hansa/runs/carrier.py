@@ -96,7 +96,12 @@ class _Carrier:
         self._engine = engine
         self._progress = progress
         self._course = Course(
-            job.name, tuple(engine.sites), strategy or job.strategy, tuple(job.filters), terms_of_job(job)
+            job.name,
+            tuple(engine.sites),
+            strategy or job.strategy,
+            tuple(job.filters),
+            terms_of_job(job),
+            job.secure_aggregation,
         )
         self._secret = directory / "work" / "protection.key"
         self._given_sinks = sinks
@@ -337,13 +342,15 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
 
 
 def _promises(job: Job) -> list[Piece]:
-    """Return a job's privacy plan, and the baselines that would go around it."""
-    if job.privacy is None:
-        return []
-    hides = frozenset({Trait.PER_EXAMPLE if job.privacy.mechanism == "dp-sgd" else Trait.PRIVATE})
+    """Return what a job promises, and the baselines that would go around it."""
+    promises = []
+    if job.privacy is not None:
+        hides = frozenset({Trait.PER_EXAMPLE if job.privacy.mechanism == "dp-sgd" else Trait.PRIVATE})
+        promises.append(Piece("privacy", job.privacy.mechanism, hides))
+    if job.secure_aggregation is not None:
+        promises.append(Piece("secure_aggregation", "masks", frozenset({Trait.MASKED})))
     names = [name for name in ("local", "central") if getattr(job.baselines, name)]
-    baselines = [Piece("baseline", name, frozenset({Trait.UNPROTECTED})) for name in names]
-    return [Piece("privacy", job.privacy.mechanism, hides), *baselines]
+    return [*promises, *(Piece("baseline", name, frozenset({Trait.UNPROTECTED})) for name in names)]
 
 
 def workflow_of(job: Job) -> Workflow:

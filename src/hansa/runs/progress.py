@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hansa.core.ports import Cohort, Handle, Reply
+from hansa.core.ports import Cohort, Handle, Reply, SecureLine
 from hansa.core.values import Plan, RoundRecord
 
 
@@ -91,6 +91,11 @@ class Watched:
     def late(self, round: int) -> Sequence[Handle]:
         """Return what came late."""
         return self.cohort.late(round)
+
+    @property
+    def secure(self) -> SecureLine | None:
+        """The cohort's way of secure aggregation's messages."""
+        return self.cohort.secure
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn sums into metrics."""

@@ -32,7 +32,7 @@ from hansa.core import storage, wire
 from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Trait
-from hansa.core.ports import Handle, Peers, Reply, SiteReport
+from hansa.core.ports import Handle, Peers, Reply, SecureLine, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan
 from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
@@ -336,6 +336,11 @@ class RemoteCohort:
         """Return the updates that came after their deadline and that ``round`` is to use."""
         rows = self._engine.store.overdue(self._engine.id, self._course.name, round)
         return [self._engine.kept(row.update) for row in rows]
+
+    @property
+    def secure(self) -> SecureLine | None:
+        """None: there is no way for such messages here."""
+        return None
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""

@@ -42,7 +42,7 @@ from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.filter import Filter
 from hansa.core.fit import Piece, Trait, check_fit
-from hansa.core.ports import Cohort, Handle, Peers, Program, Reply, SiteReport, Work
+from hansa.core.ports import Cohort, Handle, Peers, Program, Reply, SecureLine, SiteReport, Work
 from hansa.core.strategy import Steps, Strategy
 from hansa.core.tree import Array, Parts, Tree
 from hansa.core.values import Absence, Plan, Update
@@ -185,6 +185,11 @@ class BatchedCohort:
     def late(self, round: int) -> Sequence[Handle]:
         """Return nothing: all sites of a chunk end at the same moment."""
         return self._one_by_one.late(round)
+
+    @property
+    def secure(self) -> SecureLine | None:
+        """None: sites that are one computation have nothing of their own to mask."""
+        return None
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""

@@ -16,11 +16,11 @@ from hansa import registry
 from hansa.core import wire
 from hansa.core.config import Job
 from hansa.core.fit import Trait
-from hansa.core.ports import Handle, Peers, Program, Reply, SiteReport
+from hansa.core.ports import Handle, Peers, Program, Reply, SecureLine, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
 from hansa.workers.memory import Mailboxes
-from hansa.workers.runner import Course, SiteRunner, num_threads, pin_threads
+from hansa.workers.runner import Course, SimulatedLine, SiteRunner, num_threads, pin_threads
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -140,6 +140,11 @@ class LocalCohort:
         """Return, and forget, the updates that overran their deadline."""
         late, self._late = self._late, []
         return late
+
+    @property
+    def secure(self) -> SecureLine | None:
+        """The way of secure aggregation's messages."""
+        return SimulatedLine(self._engine.runner.secure, self._course)
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""

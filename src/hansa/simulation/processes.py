@@ -33,7 +33,7 @@ from typing import BinaryIO, TypeVar
 from hansa.core import wire
 from hansa.core.config import Choice, Job
 from hansa.core.fit import Trait
-from hansa.core.ports import Handle, Peers, Reply, SiteReport
+from hansa.core.ports import Handle, Peers, Reply, SecureLine, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
 from hansa.errors import HansaError, JobError, SiteError, StorageError
@@ -59,7 +59,7 @@ from hansa.workers.messages import (
     Summarise,
     Work,
 )
-from hansa.workers.runner import Course, form_of, num_threads
+from hansa.workers.runner import Course, SecureSites, SimulatedLine, form_of, num_threads
 
 _ATTEMPTS = 3
 _SETTLE_S = 0.05
@@ -91,6 +91,7 @@ class Processes:
             shares.visible_gpus() if gpus is None else gpus,
         )
         self.pool = Pool(job, directory, self._machine)
+        self.secure = SecureSites(directory)
         self.peers: Peers = LocalPeers(directory)
         self._files: Iterator[Path] = (self._exchange / f"{n}.hansa" for n in itertools.count())
         self._metrics: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
@@ -255,6 +256,7 @@ class ProcessCohort:
         self.sites: Sequence[str] = course.sites
         self.engine = engine
         self.form = _form(course)
+        self._course = course
         self.busy: dict[str, int] = {}
         self.overdue: list[Handle] = []
 
@@ -283,6 +285,11 @@ class ProcessCohort:
         late, self.overdue = self.overdue, []
         return late
 
+    @property
+    def secure(self) -> SecureLine | None:
+        """The way of secure aggregation's messages; they are answered here, and updates masked in the workers."""
+        return SimulatedLine(self.engine.secure, self._course)
+
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""
         return await self.engine.summarise(sums)
@@ -298,7 +305,8 @@ def _form(course: Course) -> CourseForm:
                 job=course.name,
             )
         choices.append(choice.model_dump(mode="json"))
-    return CourseForm(course.name, choices[0], choices[1:], form_of(course.terms))
+    secure = None if course.secure is None else course.secure.model_dump(mode="json")
+    return CourseForm(course.name, choices[0], choices[1:], form_of(course.terms), secure)
 
 
 class _Errand:

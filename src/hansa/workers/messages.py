@@ -44,6 +44,7 @@ class CourseForm(msgspec.Struct):
     strategy: dict[str, Any]
     filters: list[dict[str, Any]]
     terms: TermsForm | None = None
+    secure: dict[str, Any] | None = None
 
 
 class Perform(msgspec.Struct, tag=True):

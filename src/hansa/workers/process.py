@@ -25,7 +25,7 @@ import msgspec
 
 from hansa import registry
 from hansa.core import wire
-from hansa.core.config import Choice, Job, parse
+from hansa.core.config import Choice, Job, SecureAggregationSection, parse
 from hansa.core.ports import Program
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan
@@ -131,6 +131,7 @@ class _Worker:
             Choice.model_validate(form.strategy),
             tuple(Choice.model_validate(item) for item in form.filters),
             terms_from(form.terms),
+            None if form.secure is None else SecureAggregationSection.model_validate(form.secure),
         )
         reply = self._runner.run(course, self._read(request.plan), request.site)
         if isinstance(reply, Absence):

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hansa import registry
 from hansa.client.work import perform
-from hansa.core.config import Choice, EngineSection, PrivacySection
+from hansa.core.config import Choice, EngineSection, PrivacySection, SecureAggregationSection
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
-from hansa.core.ports import Program, topic
+from hansa.core.ports import SERVER, Phase, Program, topic
 from hansa.core.strategy import Strategy
-from hansa.core.values import Absence, Plan, Update
+from hansa.core.values import Absence, Plan, Task, Update
 from hansa.errors import HansaError
 from hansa.filters.weigh import weigh
 from hansa.privacy.draws import Secret
@@ -36,6 +40,7 @@ class Course:
         strategy: its name and options, or the value itself (engines in this process only).
         filters: the same, in order; the weighing that every course has is added.
         terms: the privacy plan that it is under, if any.
+        secure: the words on secure aggregation, where updates leave masked.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Course:
     strategy: Choice | Strategy
     filters: tuple[Choice | Filter, ...] = ()
     terms: Terms | None = None
+    secure: SecureAggregationSection | None = None
 
     def pieces(self, secret: Secret | None = None) -> tuple[Strategy, list[Filter]]:
         """Return the strategy and the filters as values.
@@ -76,6 +82,72 @@ def terms_from(form: TermsForm | None) -> Terms | None:
     return None if form is None else Terms(PrivacySection.model_validate(form.section), form.rounds, form.rate)
 
 
+class SecureSites:
+    """The sites' sides of secure aggregation, in a simulation's folder.
+
+    What it does needs the extra that has ``cryptography``, and is loaded when it is first used.
+
+    Args:
+        directory: the engine's folder.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / "secagg"
+
+    def exchange(self, course: Course, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
+        """Answer messages, site by site; what goes wrong at one is its absence."""
+        assert course.secure is not None, "the course has its updates masked"
+        strategy, _ = course.pieces()
+        private = None if course.terms is None else course.terms.section
+        sessions = self._sessions()
+        answers: dict[str, bytes | Absence] = {}
+        for site, letter in letters.items():
+            try:
+                answers[site] = sessions.exchange(
+                    course.name, course.secure, private, strategy.weighed, site, phase, letter
+                )
+            except HansaError as error:
+                answers[site] = Absence(site, "refused", error.message)
+        return answers
+
+    def masked(self, course: Course, update: Update, task: Task) -> Update:
+        """Return ``update`` as one masked vector.
+
+        Raises:
+            HansaError: it can't be masked; nothing of it is to be sent.
+        """
+        assert course.secure is not None, "the course has its updates masked"
+        masked: Update = self._sessions().masked(course.name, update, task, course.secure.metrics)
+        return masked
+
+    @property
+    def checker(self) -> Any:
+        """What tells the sites' signatures."""
+        return registry.load_object("hansa.workers.secure:Simulated")(self._directory, SERVER)
+
+    def _sessions(self) -> Any:
+        made = registry.load_object("hansa.workers.secure:Sessions")
+        identity = registry.load_object("hansa.workers.secure:Simulated")
+        return made(self._directory, partial(identity, self._directory))
+
+
+@dataclass(frozen=True)
+class SimulatedLine:
+    """The way of secure aggregation's messages to sites on this machine."""
+
+    sites: SecureSites
+    course: Course
+
+    @property
+    def checker(self) -> Any:
+        """Whose signatures count."""
+        return self.sites.checker
+
+    async def exchange(self, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
+        """Answer messages, site by site."""
+        return await asyncio.to_thread(self.sites.exchange, self.course, phase, letters)
+
+
 class SiteRunner:
     """Carries plans out at sites: one instance in this process, or one in every worker.
 
@@ -91,6 +163,7 @@ class SiteRunner:
         self._memory = MemoryStore(directory / "memory")
         self._mail = Mailboxes(directory / "mail")
         self._errors = directory / "errors"
+        self.secure = SecureSites(directory)
         self._pieces: dict[str, tuple[Course, Strategy, list[Filter]]] = {}
 
     def run(self, course: Course, plan: Plan, site: str) -> Update | Absence:
@@ -108,10 +181,13 @@ class SiteRunner:
             return Absence(site, "lost", self._log(site, plan, error))
         return replace(update, seconds=max(0.0, time.perf_counter() - begun))
 
-    def _run(self, course: Course, plan: Plan, site: str) -> Update:
+    def _pieces_of(self, course: Course) -> tuple[Strategy, list[Filter]]:
         if course.name not in self._pieces or self._pieces[course.name][0] != course:
             self._pieces[course.name] = (course, *course.pieces())
-        _, strategy, filters = self._pieces[course.name]
+        return self._pieces[course.name][1:]
+
+    def _run(self, course: Course, plan: Plan, site: str) -> Update:
+        strategy, filters = self._pieces_of(course)
         if plan.inbox is not None:
             plan = replace(plan, params=self._mail.take(site, plan.inbox)["params"])
         accepted = plan.acknowledged.get(site)
@@ -122,6 +198,8 @@ class SiteRunner:
         if plan.outbox is not None:
             self._mail.put(plan.outbox, topic(plan.job, site), {"params": params})
             update = replace(update, parts={})
+        if course.secure is not None:
+            return self.secure.masked(course, update, plan.task)
         return update
 
     def _log(self, site: str, plan: Plan, error: BaseException) -> str:

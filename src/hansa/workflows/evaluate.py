@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from hansa.core.config import SecureAggregationSection
 from hansa.core.ports import Cohort
 from hansa.core.values import TRAINING as TRAINING
 from hansa.core.values import Absence, Model, Plan
 from hansa.errors import QuorumError
+from hansa.workflows import secure
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,38 @@ class Scores:
     absent: Sequence[Absence] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True)
+class Masks:
+    """The job's words on secure aggregation, and a folder that outlives a crash."""
+
+    section: SecureAggregationSection
+    scratch: Path
+
+
 async def evaluate(
-    cohort: Cohort, model: Model, *, job: str, round: int, seed: int, sites: Sequence[str] | None = None
+    cohort: Cohort,
+    model: Model,
+    *,
+    job: str,
+    round: int,
+    seed: int,
+    sites: Sequence[str] | None = None,
+    masks: Masks | None = None,
 ) -> Scores:
     """Ask ``sites`` (all by default) to evaluate ``model``, and add their sums up.
+
+    Under masks there are no scores of single sites, and none at all of sums that the job does not name.
 
     Raises:
         QuorumError: no site could evaluate it.
     """
     plan = Plan(job, round, "evaluate", model.version, model.native(), seed=seed)
+    if masks is not None:
+        if not masks.section.metrics:
+            return Scores({}, {})
+        asked = sites or cohort.sites
+        found = await secure.gather(masks.section, None, cohort, plan, asked, {}, {}, masks.scratch)
+        return Scores(await cohort.summarise(found.metrics), {}, tuple(found.absent))
     sums: dict[str, Mapping[str, float]] = {}
     absent = []
     async for reply in cohort.ask(plan, sites or cohort.sites):

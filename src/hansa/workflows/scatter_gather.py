@@ -22,7 +22,8 @@ from hansa.core.tree import Layout, Tree
 from hansa.core.values import Absence, Aggregate, Logged, Plan, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError, WireError
-from hansa.workflows.evaluate import TRAINING, Scores, evaluate
+from hansa.workflows import secure
+from hansa.workflows.evaluate import TRAINING, Masks, Scores, evaluate
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,19 +72,26 @@ async def scatter_gather(
         else:
             asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
         plan = _plan(job, strategy, now, number, asked)
-        gathered = await _gather(job, strategy, cohort, plan, asked, strategy.bound(now.state), scratch)
-        _require(job, gathered, asked, number)
+        if job.secure_aggregation is None:
+            gathered = await _gather(job, strategy, cohort, plan, asked, strategy.bound(now.state), scratch)
+        else:
+            gathered = await _gather_masked(job, strategy, cohort, plan, asked, scratch)
+        _require(job, gathered, () if gathered.too_few else asked, number)
         settled, notes = await _aside(
             plan.params, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch
         )
-        gathered.fold.discard()
+        if gathered.fold is not None:
+            gathered.fold.discard()
         gathered.aggregate = replace(gathered.aggregate, sums={})
         acknowledged = {} if notes.get("forget") else {**now.acknowledged, **gathered.acknowledge}
         now = Snapshot(number, settled.model, settled.state, acknowledged)
         last = number == job.rounds
         scores = None
         if last or (job.evaluation.every and number % job.evaluation.every == 0):
-            scores = await evaluate(cohort, now.model, job=job.name, round=number, seed=job.seed, sites=judges)
+            masks = Masks(job.secure_aggregation, scratch) if job.secure_aggregation and scratch else None
+            scores = await evaluate(
+                cohort, now.model, job=job.name, round=number, seed=job.seed, sites=judges, masks=masks
+            )
         record = await _record(job, cohort, now, plan, asked, gathered, scores, notes, time.perf_counter() - begun)
         try:
             yield replace(record, files=settled.files)
@@ -111,7 +119,7 @@ def wanted(amount: int | float, total: int) -> int:
 
 @dataclass
 class _Gathered:
-    fold: Fold
+    fold: Fold | None
     aggregate: Aggregate
     accepted: list[str] = field(default_factory=list)
     absent: list[Absence] = field(default_factory=list)
@@ -120,6 +128,7 @@ class _Gathered:
     seconds: dict[str, float] = field(default_factory=dict)
     logged: dict[str, Logged] = field(default_factory=dict)
     bytes_up: int = 0
+    too_few: bool = False
 
 
 def _plan(job: Job, strategy: Strategy, now: Snapshot, number: int, asked: Sequence[str]) -> Plan:
@@ -173,6 +182,35 @@ async def _gather(
     return gathered
 
 
+async def _gather_masked(
+    job: Job, strategy: Strategy, cohort: Cohort, plan: Plan, asked: Sequence[str], scratch: Path | None
+) -> _Gathered:
+    """Gather sums only; a secret cohort of too few sites to sum is taken for nobody, which tells nothing of any."""
+    assert job.secure_aggregation is not None, "the job has its updates masked"
+    assert scratch is not None, "a masked sum lies on the disk"
+    gathered = _Gathered(None, Aggregate({}, strategy.weighed, 0.0, 0.0, len(cohort.sites)))
+    if strategy.select is not None and len(asked) < job.secure_aggregation.minimum:
+        why = f"{len(asked)} were drawn, and fewer than {job.secure_aggregation.minimum} are never summed"
+        gathered.absent = [Absence(site, "refused", why) for site in asked]
+        gathered.too_few = True
+        return gathered
+    expected = _expected(strategy, plan)
+    found = await secure.gather(
+        job.secure_aggregation, job.privacy, cohort, plan, asked, expected, strategy.weighed, scratch
+    )
+    gathered.accepted, gathered.absent = list(found.sites), found.absent
+    gathered.acknowledge = dict.fromkeys(found.sites, plan.round)
+    gathered.seconds, gathered.bytes_up = found.seconds, found.num_bytes
+    gathered.aggregate = replace(
+        gathered.aggregate,
+        sums=found.parts,
+        weight=found.weight,
+        count=float(len(found.sites)),
+        metrics={} if job.privacy else found.metrics,
+    )
+    return gathered
+
+
 async def _aside(model: Tree, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function``; where the model is large, in a thread, so that what waits on the event loop goes on."""
     if trees.num_bytes(model) <= trees.LARGE:
@@ -181,6 +219,7 @@ async def _aside(model: Tree, function: Callable[P, T], *args: P.args, **kwargs:
 
 
 def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle) -> None:
+    assert gathered.fold is not None, "updates are seen one by one"
     header = handle.header
     age = plan.version - header.version
     if header.completed < 1 and Trait.WHOLE_WORK in strategy.traits:
@@ -207,6 +246,7 @@ def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle)
 
 
 def _reject(gathered: _Gathered, handle: Handle, reason: str) -> None:
+    assert gathered.fold is not None, "updates are seen one by one"
     gathered.absent.append(Absence(handle.header.site, "rejected", reason))
     gathered.fold.skip(handle.header.site)
     handle.release()
@@ -215,7 +255,8 @@ def _reject(gathered: _Gathered, handle: Handle, reason: str) -> None:
 def _require(job: Job, gathered: _Gathered, asked: Sequence[str], number: int) -> None:
     needed = wanted(job.cohort.quorum, len(asked)) if asked else 0
     if len(gathered.accepted) < needed:
-        gathered.fold.discard()
+        if gathered.fold is not None:
+            gathered.fold.discard()
         reasons = "\n".join(f"  {a.site}: {a.kind}: {a.reason}" for a in gathered.absent)
         raise QuorumError(
             f"{len(gathered.accepted)} of {len(asked)} sites answered, the quorum is {needed}.\n{reasons}\n"

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A site's side of secure aggregation: the messages of a session, and updates that leave masked.
+
+State is a file for each course and site, so any process of a site may go on where another stopped.
+
+| case | result |
+|---|---|
+| a session whose terms are not the job's | PrivacyError, nothing is sent |
+| a plan of a round for which no session was set up | PrivacyError: an update never leaves unmasked |
+| an update or a metric outside its range | PrivacyError that names it |
+| killed at any instant | the same messages again, or a new attempt with other keys |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from hansa.core import storage
+from hansa.core import tree as trees
+from hansa.core.config import PrivacySection, SecureAggregationSection
+from hansa.core.ports import Phase
+from hansa.core.values import Task, Update
+from hansa.errors import AccessError, HansaError, PrivacyError
+from hansa.privacy.draws import Secret
+from hansa.secagg import agreement, protocol
+from hansa.secagg.protocol import Signer
+from hansa.secagg.ring import summands
+from hansa.secagg.site import Site
+
+MASKED, VECTOR = "masked", "vector"
+"""The one part, and the one tensor, of a masked update."""
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What a site has in its file: the session's terms, and its state."""
+
+    terms: bytes
+    state: bytes | None
+
+
+class Sessions:
+    """The sessions of the sites that this machine runs.
+
+    Args:
+        directory: where states are kept; readable by its owner alone.
+        signer: a site's identity.
+    """
+
+    def __init__(self, directory: Path, signer: Callable[[str], Signer]) -> None:
+        self._directory = directory
+        self._signer = signer
+
+    def exchange(
+        self,
+        course: str,
+        section: SecureAggregationSection,
+        private: PrivacySection | None,
+        weighed: Mapping[str, bool],
+        site: str,
+        phase: Phase,
+        letter: bytes,
+    ) -> bytes:
+        """Answer one message of the server.
+
+        Raises:
+            HansaError: what the protocol refuses.
+        """
+        if phase == "advertise":
+            proposed = protocol.unpack(letter, protocol.Terms)
+            agreement.check(proposed, section, private, course, weighed)
+            return self._open(course, site, letter).advertise()
+        session = self._open(course, site)
+        match phase:
+            case "share":
+                return session.share(letter)
+            case "receive":
+                session.receive(letter)
+            case "vote":
+                return session.vote(letter)
+            case "reveal":
+                return session.reveal(letter)
+            case "finish":
+                session.finish()
+        return b""
+
+    def masked(self, course: str, update: Update, task: Task, metrics: Mapping[str, float]) -> Update:
+        """Return ``update`` as one masked vector, its weight and its ``metrics`` in it; nothing of it stands beside.
+
+        Raises:
+            PrivacyError: no session was set up for it, a value is outside its range, or a metric is missing.
+        """
+        terms = self._terms(course, update.site)
+        if terms is None or terms.round != agreement.number_of(update.round, task):
+            raise PrivacyError(
+                f"The job has its updates masked, and no session was set up to {task} in round {update.round}. Nothing "
+                "is sent.",
+                site=update.site,
+                round=update.round,
+            )
+        missing = sorted(metrics.keys() - update.sums.keys())
+        if missing and update.sums:  # a private job's training has none: zeros stand for them
+            raise PrivacyError(
+                f"secure_aggregation.metrics names {missing[0]!r}, and to {task} gives only: "
+                f"{', '.join(sorted(update.sums)) or 'nothing'}.",
+                site=update.site,
+                round=update.round,
+            )
+        summed = summands(update.parts, update.weight, {name: update.sums.get(name, 0.0) for name in metrics})
+        vector = self._open(course, update.site).masked(summed)
+        return replace(update, parts={MASKED: {VECTOR: trees.tensor(vector)}}, weight=1.0, sums={})
+
+    def _open(self, course: str, site: str, proposed: bytes | None = None) -> Site:
+        path = self._directory / course / f"{site}.state"
+        held = _read(path)
+        if proposed is None and held is None:
+            raise PrivacyError("No session of secure aggregation was set up here.", site=site, job=course)
+        terms = proposed if proposed is not None else held.terms if held is not None else b""
+        state = held.state if held is not None else None
+
+        def store(new: bytes) -> None:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            storage.write_atomic(path, msgspec.msgpack.encode(Kept(terms, new)))
+
+        return Site(protocol.unpack(terms, protocol.Terms), site, self._signer(site), store, state)
+
+    def _terms(self, course: str, site: str) -> protocol.Terms | None:
+        held = _read(self._directory / course / f"{site}.state")
+        return None if held is None else protocol.unpack(held.terms, protocol.Terms)
+
+
+def _read(path: Path) -> Kept | None:
+    try:
+        return msgspec.msgpack.decode(path.read_bytes(), type=Kept)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise HansaError(f"The state of secure aggregation in {path} can't be read: {error}.") from error
+
+
+class Simulated:
+    """The identity of one site of a simulation (a :class:`~hansa.secagg.protocol.Signer`): all are of one secret.
+
+    They make the protocol run whole; they keep no secret from whoever runs the simulation.
+    """
+
+    def __init__(self, directory: Path, site: str) -> None:
+        self._secret = Secret.kept(directory / "identities.key")
+        self._site = site
+
+    def credential(self) -> bytes:
+        """Return nothing: everybody can work out everybody's key."""
+        return b""
+
+    def sign(self, data: bytes) -> bytes:
+        """Return this site's signature of ``data``."""
+        return self._key(self._site).sign(data)
+
+    def check(self, site: str, credential: bytes, data: bytes, signature: bytes) -> None:
+        """Check that ``site`` made ``signature``; AccessError if not."""
+        try:
+            self._key(site).public_key().verify(signature, data)
+        except InvalidSignature as error:
+            raise AccessError(f"The signature is not that of {site!r} over these bytes.") from error
+
+    def _key(self, site: str) -> Ed25519PrivateKey:
+        return Ed25519PrivateKey.from_private_bytes(self._secret.derive("identity", site))
