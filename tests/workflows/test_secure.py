@@ -70,7 +70,7 @@ def test_the_server_gets_uniform_bytes_of_every_site(tmp_path, monkeypatch):
     def noted(self, total, reply):
         values = np.concatenate([chunk.values for chunk in reply.chunks()])
         seen.setdefault(reply.header.round, {})[reply.header.site] = values
-        assert (reply.header.weight, reply.header.sums) == (1.0, {})
+        assert (reply.header.weight, reply.header.sums, reply.header.logged) == (1.0, {}, {})
         add(self, total, reply)
 
     monkeypatch.setattr(server._Session, "_add", noted)

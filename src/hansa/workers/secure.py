@@ -113,7 +113,7 @@ class Sessions:
             )
         summed = summands(update.parts, update.weight, {name: update.sums.get(name, 0.0) for name in metrics})
         vector = self._open(course, update.site).masked(summed)
-        return replace(update, parts={MASKED: {VECTOR: trees.tensor(vector)}}, weight=1.0, sums={})
+        return replace(update, parts={MASKED: {VECTOR: trees.tensor(vector)}}, weight=1.0, sums={}, logged={})
 
     def _open(self, course: str, site: str, proposed: bytes | None = None) -> Site:
         path = self._directory / course / f"{site}.state"

@@ -217,7 +217,7 @@ class _Session:
         """Add a masked vector once the whole of it has been read and found sound."""
         header, ring = reply.header, self.terms.encoding
         wanted = {MASKED: {VECTOR: Spec(ring.dtype.name, (ring.size,))}}
-        if header.layout != wanted or header.sums or header.weight != 1.0:
+        if header.layout != wanted or header.sums or header.logged or header.weight != 1.0:
             raise WireError("The answer is no masked vector of this session.", site=header.site, round=header.round)
         self._machine.check_upload(header.site, ring.size, ring.dtype)
         for _ in reply.chunks():  # checks lengths and digests
