@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -68,3 +70,17 @@ def test_masks_are_added_in_place_and_cancel_whatever_the_blocks(dtype: type[np.
     for start in (70_000, 0, 140_000):
         back.apply(start, one[start : start + 70_000])
     np.testing.assert_array_equal(one, values)
+
+
+def test_masks_are_added_without_memory_of_their_own() -> None:
+    ring = np.dtype(np.uint32)
+    values = np.zeros(1 << 20, ring)
+    masks = keys.Masks(ring, [(keys.Keystream(bytes([i]), "m", b""), 1) for i in range(20)])
+    masks.apply(0, values)
+    tracemalloc.start()
+    try:
+        masks.apply(0, values)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 10  # the values are 4 MiB

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,25 @@ def test_a_model_larger_than_a_block_is_masked_from_lazy_leaves_and_travels_as_a
         np.testing.assert_array_equal(leaf[BLOCK - 3 : BLOCK + 4], np.asarray(leaf)[BLOCK - 3 : BLOCK + 4])
     federation.reveal(terms.sites, federation.vote(terms.sites, federation.survivors()))
     np.testing.assert_array_equal(federation.unmask(total), plain(ring, values, terms.sites))
+
+
+def test_masking_takes_the_memory_of_a_few_blocks() -> None:
+    size = 40 * BLOCK
+    terms = terms_for(3, small_ring(3, size))
+    federation = Federation(terms)
+    federation.share(terms.sites, federation.advertise(terms.sites))
+    name = terms.sites[0]
+    federation.site(name).receive(federation.server.inbox(name))
+    leaf: Any = Leaf.zeros((size,), np.dtype(np.float32))
+    tracemalloc.start()
+    try:
+        vector = federation.site(name).masked({"delta": {"w": leaf}})
+        for start in range(0, size, BLOCK):
+            assert vector[start : start + BLOCK].size == BLOCK
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * BLOCK * 4  # float64 scratch is two of them
 
 
 def test_every_phase_gives_the_same_bytes_again_and_after_a_restart() -> None:
