@@ -25,11 +25,11 @@ from hansa.errors import PolicyError, StorageError
 from hansa.pki.identity import Role
 from hansa.pki.kit import Kit
 from hansa.privacy.accounting import Release, epsilon
-from hansa.privacy.ledger import Books, Budget
+from hansa.privacy.ledger import Books, Budget, Charge
 from hansa.site import budget, policy
 from hansa.site.settings import SiteSettings, load
 from members import Members, members
-from shell import environment
+from shell import environment, hansa
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -309,3 +309,59 @@ async def test_nothing_is_trained_on_a_ledger_that_was_tampered_with(tmp_path, c
         assert "ledger of the data is damaged" in view.line.error
         assert "line 1 was changed" in caplog.text
         assert trained(tmp_path) == Counter({"s0 1": 1})
+
+
+# hansa site budget
+
+
+@pytest.fixture
+def spent_at(tmp_path) -> Path:
+    """A site that has spent on two jobs, and on data that have no budget any more."""
+    kit = members(tmp_path / "federation").site
+    folder = kit.directory
+    (folder / "site.toml").write_text(
+        'server = "127.0.0.1:1"\n[data.notes]\ntrain = "notes.jsonl"\n'
+        f"[privacy.budgets.notes]\nepsilon = 3.0\ndelta = {DELTA}\n"
+    )
+    for data, id, tasks in (("notes", "a-0001", 2), ("notes", "b-0001", 1), ("old", "c-0001", 1)):
+        for task in range(tasks):
+            charge = Charge(id, id, f"t{task}", task + 1, "local", "user", Release(9.0))
+            budget.ledger(folder, data, kit).charge(charge, ALLOWED)
+    return folder
+
+
+def test_the_command_shows_what_is_spent(spent_at, capsys, monkeypatch):
+    shown = hansa(capsys, monkeypatch, "site", "budget", str(spent_at), "--json")
+    assert shown.code == 0
+    notes, old = shown.json["budgets"]
+    assert notes["spent"] == pytest.approx(epsilon([Release(9.0, count=3)], DELTA))
+    assert (notes["data"], notes["budget"]["epsilon"], notes["lines"], notes["intact"]) == ("notes", 3.0, 3, True)
+    by_job = {job["job"]: (job["charges"], job["spent"]) for job in notes["jobs"]}
+    assert by_job["a-0001"] == (2, pytest.approx(epsilon([Release(9.0, count=2)], DELTA)))
+    assert by_job["b-0001"] == (1, pytest.approx(epsilon([Release(9.0)], DELTA)))
+    assert (old["data"], old["budget"], old["jobs"][0]["charges"]) == ("old", None, 1)
+    text = hansa(capsys, monkeypatch, "site", "budget", str(spent_at)).out
+    assert f"notes: ε = {notes['spent']:.4g} of 3 is spent, at δ = 1e-05, for one example, against the server" in text
+    assert "  a-0001: local, 2 charges, ε = " in text
+    assert "old: no budget any more; 1 lines are kept" in text
+
+
+def test_the_command_finds_tampering(spent_at, capsys, monkeypatch):
+    sound = hansa(capsys, monkeypatch, "site", "budget", str(spent_at), "--verify")
+    assert sound.code == 0
+    assert "notes: 3 lines, as they were written; SHA-256 " in sound.out
+    path = spent_at / "ledger" / "notes.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    for words in ([], ["--verify"], ["--json"]):
+        found = hansa(capsys, monkeypatch, "site", "budget", str(spent_at), *words)
+        assert found.code == StorageError.exit_code
+        assert "line 3 is missing; 3 were written" in found.err + found.out
+        assert "old" in found.out
+
+
+def test_a_site_without_budgets(tmp_path, capsys, monkeypatch):
+    folder = members(tmp_path / "federation").site.directory
+    (folder / "site.toml").write_text('server = "127.0.0.1:1"\n')
+    shown = hansa(capsys, monkeypatch, "site", "budget", str(folder))
+    assert (shown.code, shown.out.strip()) == (0, "No budgets, and no ledgers.")
+    assert not (folder / "ledger").exists()

@@ -50,6 +50,20 @@ def show(directory: Directory = Path(), as_json: Json = False) -> None:
     onsite.show(directory, as_json=as_json)
 
 
+@app.command()
+def budget(
+    directory: Directory = Path(),
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only check the ledgers, and show how many lines each has and their hash.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say how much of the privacy of its data the site has spent, on which jobs, and how much it allows."""
+    from hansa.cli import spending
+
+    spending.show(directory, verify=verify, as_json=as_json)
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def attach(
     job: Annotated[str, typer.Argument(metavar="JOBID", help="The job's id at the server.")],

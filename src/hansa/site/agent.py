@@ -39,6 +39,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from hansa import registry
 from hansa.core import storage, wire
 from hansa.errors import AccessError, HansaError, JobError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
@@ -128,6 +129,8 @@ class Agent:
         self._directory = directory
         self._kit = Kit(directory)
         self._settings: SiteSettings = load(directory / FILE)
+        if self._settings.privacy.budgets:
+            registry.load_object("dp_accounting:GaussianDpEvent")  # what is missing is said now, not by each job
         self.site = self._kit.identity.name
         self._jobs_folder = jobs_folder(directory)
         self._histories = directory / WORK / "history"

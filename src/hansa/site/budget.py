@@ -79,6 +79,11 @@ def ledger(directory: Path, data: str, kit: Kit) -> Ledger:
     return Ledger(directory / FOLDER, data, KitSeal(kit))
 
 
+def kept(directory: Path) -> list[str]:
+    """Return the data sets of which the site in ``directory`` has a ledger."""
+    return sorted(path.stem for path in (directory / FOLDER).glob("*.head"))
+
+
 class Account:
     """One job's account with one budget.
 
