@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 
 from hansa.errors import PrivacyError
-from hansa.secagg.graph import COMPLETE, LEAST, Shape, neighbours, shape
+from hansa.secagg.graph import COMPLETE, LEAST, Graph, Shape, shape
 
 
 def members(count: int) -> list[str]:
     return [f"s{number}" for number in range(count)]
+
+
+def neighbours(names: list[str], seed: bytes, degree: int) -> dict[str, tuple[str, ...]]:
+    graph = Graph(names, seed, degree)
+    return {name: graph.neighbours(name) for name in names}
 
 
 @pytest.mark.parametrize("count", [3, 4, 7, COMPLETE, COMPLETE + 1, 100, 1000])

@@ -12,10 +12,10 @@ from hansa.secagg import keys
 
 
 def test_both_ends_agree_for_one_purpose_in_one_context() -> None:
-    a, b = bytes([1]) * 32, bytes([2]) * 32
-    one = keys.agree(a, keys.public_key(b), "box", b"here")
-    assert one == keys.agree(b, keys.public_key(a), "box", b"here")
-    others = {keys.agree(a, keys.public_key(b), *where) for where in (("box", b"there"), ("mask", b"here"))}
+    a, b = (keys.private_key(bytes([i]) * 32) for i in (1, 2))
+    one = keys.agree(a, keys.public_bytes(b), "box", b"here")
+    assert one == keys.agree(b, keys.public_bytes(a), "box", b"here")
+    others = {keys.agree(a, keys.public_bytes(b), *where) for where in (("box", b"there"), ("mask", b"here"))}
     assert len(others | {one}) == 3
 
 
@@ -23,7 +23,7 @@ def test_both_ends_agree_for_one_purpose_in_one_context() -> None:
 def test_keys_of_low_order_and_no_keys_are_refused(public: bytes) -> None:
     assert not keys.is_sound(public)
     with pytest.raises(WireError, match="no X25519 public key"):
-        keys.agree(bytes([1]) * 32, public, "box", b"")
+        keys.agree(keys.private_key(bytes([1]) * 32), public, "box", b"")
 
 
 def test_a_box_opens_whole_or_not_at_all() -> None:

@@ -94,7 +94,7 @@ def test_a_key_of_low_order_is_refused_by_the_server_and_by_those_who_would_agre
 
     def agree() -> None:
         site.share(message)
-        site._session.pair_mask(site._secret("mask key"), ME, PEER)
+        site._session.pair_mask(site._key("mask key"), ME, PEER)
 
     with pytest.raises(WireError, match=f"site {PEER}, round 1: .*low order"):
         agree()
@@ -154,7 +154,7 @@ def test_boxes_that_do_not_open_are_refused_by_name(lab: Federation, change: str
 def test_boxes_that_hold_no_shares_are_refused_by_name(lab: Federation, content: bytes, says: str) -> None:
     inbox = inboxes(lab)
     dealer: Any = lab.site(PEER)
-    key = dealer._session.box_key(dealer._secret("channel key"), ME, PEER, ME)
+    key = dealer._session.box_key(dealer._key("channel key"), ME, PEER, ME)
     boxes = {**p.unpack(inbox, p.Inbox).boxes, PEER: sites.keys.seal(key, content)}
     with pytest.raises(WireError, match=f"site {ME}.*the shares that '{PEER}' dealt can't be used: {says}"):
         lab.site(ME).receive(changed(inbox, p.Inbox, boxes=boxes))
@@ -190,7 +190,7 @@ def test_a_site_of_a_sparse_graph_needs_the_holders_of_its_own_shares() -> None:
     roll = lab.advertise(everyone)
     site: Any = lab.site(ME)
     site.share(roll)
-    near = set(site._session.neighbours[ME])
+    near = set(site._session.neighbours(ME))
     there = [name for name in everyone if name not in near]
     assert len(there) >= site._session.shape.quorum
     inbox = p.pack(p.Inbox(lab.terms.digest(), tuple(there), {}))

@@ -79,7 +79,7 @@ def test_a_vector_stays_noise_when_all_but_its_own_mask_are_taken_off_and_the_ot
     site: Any = lab.site("site-001")
     session = site._session
     own = session.self_mask(site._secret("seed"), "site-001")
-    pairs = [session.pair_mask(site._secret("mask key"), "site-001", peer) for peer in ("site-000", "site-002")]
+    pairs = [session.pair_mask(site._key("mask key"), "site-001", peer) for peer in ("site-000", "site-002")]
     plain = encoded(lab.terms.encoding, 0)
 
     def without(*terms: tuple[Keystream, int]) -> Array:

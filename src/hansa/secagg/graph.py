@@ -133,21 +133,27 @@ def _log_ways(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
-def neighbours(members: Sequence[str], seed: bytes, degree: int) -> dict[str, tuple[str, ...]]:
-    """Return every site's neighbours, sorted.
+class Graph:
+    """Everybody's neighbours.
 
     Args:
         members: the sites' names.
         seed: the hash of all public keys.
         degree: k, even, or all others.
     """
-    if degree >= len(members) - 1:
-        everyone = tuple(sorted(members))
-        return {name: tuple(other for other in everyone if other != name) for name in everyone}
-    circle = sorted(
-        members, key=lambda name: hashlib.sha256(b"hansa secagg circle v1\0" + seed + name.encode()).digest()
-    )
-    steps = [step for step in range(-(degree // 2), degree // 2 + 1) if step]
-    return {
-        name: tuple(sorted(circle[(place + step) % len(circle)] for step in steps)) for place, name in enumerate(circle)
-    }
+
+    def __init__(self, members: Sequence[str], seed: bytes, degree: int) -> None:
+        prefix = b"hansa secagg circle v1\0" + seed
+        self._circle = sorted(members, key=lambda name: hashlib.sha256(prefix + name.encode()).digest())
+        self._place = {name: place for place, name in enumerate(self._circle)}
+        count = len(self._circle)
+        everybody = degree >= count - 1
+        self._steps = range(1, count) if everybody else [s for s in range(-(degree // 2), degree // 2 + 1) if s]
+        self._found: dict[str, tuple[str, ...]] = {}
+
+    def neighbours(self, name: str) -> tuple[str, ...]:
+        """Return a site's neighbours, sorted."""
+        if name not in self._found:
+            place, count = self._place[name], len(self._circle)
+            self._found[name] = tuple(sorted(self._circle[(place + step) % count] for step in self._steps))
+        return self._found[name]

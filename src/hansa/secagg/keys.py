@@ -38,6 +38,8 @@ from hansa.errors import WireError
 
 KEY_BYTES = 32
 
+PrivateKey = X25519PrivateKey
+
 _NONCE = bytes(12)
 _BLOCK_BYTES = 16
 _PIECE_BYTES = 1 << 18
@@ -53,9 +55,14 @@ def derive(secret: bytes, purpose: str, context: bytes, length: int = KEY_BYTES)
     return HKDF(hashes.SHA256(), length, salt=None, info=info).derive(secret)
 
 
-def public_key(private: bytes) -> bytes:
-    """Return the public X25519 key of 32 private bytes."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+def private_key(secret: bytes) -> PrivateKey:
+    """Return the X25519 key of 32 secret bytes; that takes as long as an agreement."""
+    return X25519PrivateKey.from_private_bytes(secret)
+
+
+def public_bytes(private: PrivateKey) -> bytes:
+    """Return the public part of a key."""
+    return private.public_key().public_bytes_raw()
 
 
 def is_sound(public: bytes) -> bool:
@@ -67,14 +74,14 @@ def is_sound(public: bytes) -> bool:
     return True
 
 
-def agree(private: bytes, public: bytes, purpose: str, context: bytes) -> bytes:
+def agree(private: PrivateKey, public: bytes, purpose: str, context: bytes) -> bytes:
     """Return the key that the holders of two X25519 keys share, for one purpose in one context.
 
     Raises:
         WireError: the public key is none, or of low order.
     """
     try:
-        shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+        shared = private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise WireError("This is no X25519 public key to agree with.") from error
     return derive(shared, purpose, context)

@@ -352,15 +352,18 @@ class Session:
             raise
 
     @cached_property
-    def neighbours(self) -> Mapping[str, tuple[str, ...]]:
-        """Every site's neighbours."""
-        return graph.neighbours(list(self.adverts), self.digest, self.shape.degree)
+    def _graph(self) -> graph.Graph:
+        return graph.Graph(list(self.adverts), self.digest, self.shape.degree)
+
+    def neighbours(self, site: str) -> tuple[str, ...]:
+        """Return whom a site shares masks with, sorted."""
+        return self._graph.neighbours(site)
 
     def holders(self, site: str) -> tuple[str, ...]:
         """Return who holds shares of a site's secrets, in the order of the shares' numbers."""
-        return tuple(sorted((site, *self.neighbours[site])))
+        return tuple(sorted((site, *self.neighbours(site))))
 
-    def pair_mask(self, private: bytes, mine: str, peer: str) -> tuple[keys.Keystream, int]:
+    def pair_mask(self, private: keys.PrivateKey, mine: str, peer: str) -> tuple[keys.Keystream, int]:
         """Return the mask of two sites, and the sign with which ``mine`` adds it; ``private`` is mine's mask key."""
         context = self.digest + msgspec.msgpack.encode(sorted((mine, peer)))
         secret = self._agreed(private, peer, self.adverts[peer].mask, "pair mask", context)
@@ -370,12 +373,12 @@ class Session:
         """Return a site's own mask."""
         return keys.Keystream(seed, "self mask", self.digest + site.encode())
 
-    def box_key(self, private: bytes, peer: str, sender: str, receiver: str) -> bytes:
+    def box_key(self, private: keys.PrivateKey, peer: str, sender: str, receiver: str) -> bytes:
         """Return the key of the box from ``sender`` to ``receiver``, one of whom holds ``private``."""
         context = self.digest + msgspec.msgpack.encode((sender, receiver))
         return self._agreed(private, peer, self.adverts[peer].channel, "box", context)
 
-    def _agreed(self, private: bytes, peer: str, public: bytes, purpose: str, context: bytes) -> bytes:
+    def _agreed(self, private: keys.PrivateKey, peer: str, public: bytes, purpose: str, context: bytes) -> bytes:
         try:
             return keys.agree(private, public, purpose, context)
         except WireError as error:

@@ -195,7 +195,7 @@ class Server:
         shares = self._state.shares or {}
         if site not in shares:
             raise self._refused(site, "it did not deal shares in time and is out of this attempt")
-        boxes = {peer: shares[peer].boxes[site] for peer in session.neighbours[site] if peer in shares}
+        boxes = {peer: shares[peer].boxes[site] for peer in session.neighbours(site) if peer in shares}
         return p.pack(p.Inbox(self._terms.digest(), self._dealers, boxes))
 
     # mask
@@ -336,7 +336,7 @@ class Server:
         if dealer in self.survivors:
             sound = p.commitment(self._terms, dealer, secret) == advert.commitment
         else:
-            sound = keys.public_key(secret) == advert.mask
+            sound = keys.public_bytes(keys.private_key(secret)) == advert.mask
         if not sound:
             raise self._terms.malformed("the shares that it dealt do not give the secret that it committed to", dealer)
         return secret
@@ -345,11 +345,11 @@ class Server:
         survivors = set(self.survivors)
         own = [(session.self_mask(secrets[site], site), -1) for site in self.survivors]
         # What a survivor added for a pair is the opposite of what the other would have, so the other's is added here.
+        gone = {site: keys.private_key(secrets[site]) for site in self._dealers if site not in survivors}
         pairs = [
-            session.pair_mask(secrets[gone], gone, peer)
-            for gone in self._dealers
-            if gone not in survivors
-            for peer in session.neighbours[gone]
+            session.pair_mask(private, site, peer)
+            for site, private in gone.items()
+            for peer in session.neighbours(site)
             if peer in survivors
         ]
         return keys.Masks(self._terms.encoding.dtype, [*own, *pairs])

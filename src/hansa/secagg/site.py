@@ -144,6 +144,9 @@ class Site:
             raise self._refusal("this attempt is over, and its keys are gone")
         return keys.derive(self._state.root, purpose, self._terms.digest())
 
+    def _key(self, purpose: str) -> keys.PrivateKey:
+        return keys.private_key(self._secret(purpose))
+
     def _joined(self) -> p.Session:
         if self._session is None:
             raise self._refusal("the roll of this session has not come yet")
@@ -155,8 +158,8 @@ class Site:
             unsigned = p.Advert(
                 self._terms.digest(),
                 self._name,
-                keys.public_key(self._secret("channel key")),
-                keys.public_key(self._secret("mask key")),
+                keys.public_bytes(self._key("channel key")),
+                keys.public_bytes(self._key("mask key")),
                 p.commitment(self._terms, self._name, self._secret("seed")),
                 self._signer.credential(),
             )
@@ -184,7 +187,7 @@ class Site:
             self._keep(roll=message)
             self._session = session
         dealt = self._dealt(session)
-        channel = self._secret("channel key")
+        channel = self._key("channel key")
         boxes = {
             holder: keys.seal(session.box_key(channel, holder, self._name, holder), key + seed)
             for holder, (key, seed) in dealt.items()
@@ -224,16 +227,17 @@ class Site:
         if self._name not in message.dealers:
             raise self._left_out("dealt shares")
         self._require(len(message.dealers), session.shape.quorum, "dealt shares")
-        expected = set(session.neighbours[self._name]) & set(message.dealers)
+        expected = set(session.neighbours(self._name)) & set(message.dealers)
         for odd in sorted(expected ^ message.boxes.keys()):
             raise self._malformed(f"the box of {odd!r} is {'missing' if odd in expected else 'not for this site'}")
         self._require(len(expected) + 1, session.shape.threshold, "that hold shares of this one dealt any")
-        held = {dealer: self._unbox(session, dealer, box) for dealer, box in message.boxes.items()}
+        channel = self._key("channel key")
+        held = {dealer: self._unbox(session, channel, dealer, box) for dealer, box in message.boxes.items()}
         held[self._name] = self._dealt(session)[self._name]
         self._keep(dealers=message.dealers, held=held)
 
-    def _unbox(self, session: p.Session, dealer: str, box: bytes) -> tuple[bytes, bytes]:
-        key = session.box_key(self._secret("channel key"), dealer, dealer, self._name)
+    def _unbox(self, session: p.Session, channel: keys.PrivateKey, dealer: str, box: bytes) -> tuple[bytes, bytes]:
+        key = session.box_key(channel, dealer, dealer, self._name)
         try:
             content = keys.unseal(key, box)
         except WireError as error:
@@ -298,7 +302,7 @@ class Site:
         return Leaf((terms.encoding.size,), terms.encoding.dtype, read)
 
     def _masks(self, session: p.Session) -> keys.Masks:
-        private = self._secret("mask key")
+        private = self._key("mask key")
         peers = sorted(self._state.held.keys() - {self._name})
         pairs = [session.pair_mask(private, self._name, peer) for peer in peers]
         return keys.Masks(
