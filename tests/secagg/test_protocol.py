@@ -301,6 +301,16 @@ def test_nothing_leaves_before_it_is_durable() -> None:
     attempt(lambda site: site.reveal(votes))
 
 
+def test_states_larger_than_any_message_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = terms_for(5)
+    federation = Federation(terms)
+    federation.share(terms.sites, federation.advertise(terms.sites))
+    monkeypatch.setattr(p.unpack, "__defaults__", (10,))
+    federation.restarts = True
+    assert federation.new_server().close_shares() == terms.sites
+    assert federation.site(terms.sites[0])
+
+
 class KitSigner:
     """A site's kit as a signer: what the site's agent does."""
 

@@ -266,14 +266,14 @@ def pack(value: msgspec.Struct) -> bytes:
     return msgspec.msgpack.encode(value)
 
 
-def unpack(data: bytes, kind: type[M]) -> M:
-    """Read a message.
+def unpack(data: bytes, kind: type[M], limit: int | None = MAX_BYTES) -> M:
+    """Read a message or, without a limit, a state of one's own: a server's grows with its sites and their neighbours.
 
     Raises:
-        WireError: the bytes are none of this kind.
+        WireError: the bytes are none of this kind, or more than the limit.
     """
-    if len(data) > MAX_BYTES:
-        raise WireError(f"Secure aggregation: a message of {len(data):,} bytes; more than {MAX_BYTES:,} are not read.")
+    if limit is not None and len(data) > limit:
+        raise WireError(f"Secure aggregation: a message of {len(data):,} bytes; more than {limit:,} are not read.")
     try:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:

@@ -64,10 +64,10 @@ class Server:
             self._session = p.Session.of(terms, self._state.roll, checker)
 
     def _read(self, stored: bytes) -> _State:
-        found = p.unpack(stored, _Format).format
+        found = p.unpack(stored, _Format, None).format
         if found != p.FORMAT:
             raise VersionError(f"This state of secure aggregation is of format {found}; this release reads {p.FORMAT}.")
-        state = p.unpack(stored, _State)
+        state = p.unpack(stored, _State, None)
         if state.terms != self._terms:
             raise self._terms.malformed("the server's stored state is another session's")
         return state

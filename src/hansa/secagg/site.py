@@ -94,10 +94,10 @@ class Site:
             raise
 
     def _read(self, stored: bytes) -> _State:
-        found = p.unpack(stored, _Format).format
+        found = p.unpack(stored, _Format, None).format
         if found != p.FORMAT:
             raise VersionError(f"This state of secure aggregation is of format {found}; this release reads {p.FORMAT}.")
-        last = p.unpack(stored, _State)
+        last = p.unpack(stored, _State, None)
         if (last.terms.job, last.site) != (self._terms.job, self._name):
             raise self._malformed(f"the state stored here is of site {last.site!r} in job {last.terms.job!r}")
         return last
