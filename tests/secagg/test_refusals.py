@@ -361,6 +361,25 @@ def test_votes_must_be_a_quorums_for_the_very_set_that_this_site_signed(lab: Fed
     lab.reveal(WHO, votes)
 
 
+def test_a_server_that_tells_two_halves_two_survivor_sets_gets_no_share_of_either() -> None:
+    """Even if as many sites as the terms allow for, two of ten, sign both sets."""
+    lab = Federation(terms_for(10))
+    everyone = lab.terms.sites
+    up_to(lab, "vote", constant(lab.terms))
+    friends = everyone[8:]
+    for half, told in ((everyone[:4], (*everyone[:7], *friends)), (everyone[4:8], everyone)):
+        message = p.pack(p.Survivors(lab.terms.digest(), told))
+        first: Any = lab.site(half[0])
+        ballot = first._session.ballot(everyone, told)
+        signatures = {name: p.unpack(lab.site(name).vote(message), p.Vote).signature for name in half}
+        signatures |= {name: lab.signers[name].sign(ballot) for name in friends}
+        votes = p.pack(p.Votes(lab.terms.digest(), signatures))
+        for name in half:
+            with pytest.raises(PrivacyError, match=f"site {name}, round 1: .*6 sites signed the survivor set, 7 are"):
+                lab.site(name).reveal(votes)
+            assert b"\xa8revealed\x80" in (lab.disks[name].data or b"")
+
+
 def test_a_vote_that_is_not_the_sites_is_refused_by_the_server(lab: Federation) -> None:
     survivors = up_to(lab, "vote", constant(lab.terms))
     vote = lab.site(ME).vote(survivors)
