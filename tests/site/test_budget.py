@@ -311,6 +311,36 @@ async def test_nothing_is_trained_on_a_ledger_that_was_tampered_with(tmp_path, c
         assert trained(tmp_path) == Counter({"s0 1": 1})
 
 
+async def test_dp_sgd_is_charged_by_the_examples_that_it_trains_on(tmp_path):
+    asked = config.parse(
+        {
+            "name": "heart",
+            "rounds": 2,
+            "recipe": {"name": "tabular-classification", "features": ["age"], "offset": [45], "scale": [10]},
+            "data": {"train": "site:notes", "columns": {"label": "sick"}, "labels": ["no", "yes"]},
+            "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 4},
+            "evaluation": {"every": 0},
+            "privacy": {**DP_SGD, "noise_multiplier": 4.0},
+            "baselines": {"local": False, "base": False},
+            "directory": str(tmp_path),
+        }
+    )
+    async with loopback(tmp_path) as lab:
+        write(lab, 9.0)
+        rows = "".join(f"{30 + i},{'yes' if i > 24 else 'no'}\n" for i in range(50))
+        (lab.site("s0") / "notes.csv").write_text(f"age,sick\n{rows}")
+        text = (lab.site("s0") / "site.toml").read_text().replace("notes.jsonl", "notes.csv")
+        (lab.site("s0") / "site.toml").write_text(text.replace('"toys:build"', '"tabular-classification"'))
+        await lab.start("s0")
+        view = await lab.run(asked)
+        assert view.line.state == "finished", view.line.error
+        found = kept(lab).entries
+        assert [(entry.round, entry.unit, entry.release) for entry in found] == [
+            (1, "example", Release(4.0, 0.1, 10)),
+            (2, "example", Release(4.0, 0.1, 10)),
+        ]
+
+
 # hansa site budget
 
 
