@@ -183,6 +183,26 @@ def test_training_is_the_optimiser_on_clipped_sums_over_the_batches_drawn(
         np.testing.assert_allclose(work.params[name], tensor.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("adapter", [None, {**LORA, "lora_dropout": 0.3}], ids=["full", "lora"])
+def test_with_dropout_an_example_is_clipped_by_its_own_norm(adapter: Any, given: dict[str, Any]) -> None:
+    """One example's clipped gradient is as long as the clip: its norm was taken under the masks it was made with."""
+    built = built_of("sequence-classification", {**BERT, "adapter": adapter}, given["sequence-classification"])
+    examples, tuned = built._examples("s").train, built._tuned
+    clipper = Clipper(tuned.model, tuned.trainable, built._task.losses)
+    clip = 0.02
+    with clipper.ready(lambda: built._batch(examples[:PROBES])) as sums:
+        assert clipper.ghost
+        tuned.model.train()
+        seen = []
+        for example in [*examples, *examples]:
+            one = sums(built._batch([example]), clip)
+            seen.append(float(torch.cat([leaf.ravel() for leaf in one.values()]).norm()))
+        pair = [sums(built._batch([examples[0]]), 1e6) for _ in range(2)]
+    np.testing.assert_allclose(seen, clip / SLACK, rtol=1e-4)
+    name = next(iter(tuned.trainable)) if adapter is None else "classifier.weight"
+    assert not torch.equal(pair[0][name], pair[1][name]), "dropout is on"
+
+
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_a_model_with_dropout_learns(tmp_path: Path, adapter: Any) -> None:
     items = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(60)]
