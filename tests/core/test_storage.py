@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -379,3 +380,74 @@ def test_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
         storage.save_tree(tmp_path / "none" / "file", {})
     with pytest.raises(StorageError, match="No such file"):
         storage.publish(tmp_path / "none", tmp_path / "final")
+
+
+def filled(path: Path, byte: bytes = b"x", num_bytes: int = 2 << 20) -> Path:
+    path.write_bytes(byte * num_bytes)
+    return path
+
+
+def test_a_spare_is_written_over(tmp_path: Path) -> None:
+    spares = storage.Spares(tmp_path / "spare")
+    number = filled(tmp_path / "old").stat().st_ino
+    spares.give(tmp_path / "old")
+    assert not (tmp_path / "old").exists()
+    assert spares.take(tmp_path / "new")
+    with storage.rewritten(tmp_path / "new") as file:
+        file.write(b"short")
+    assert (tmp_path / "new").stat().st_ino == number
+    assert (tmp_path / "new").read_bytes() == b"short"
+    assert not spares.take(tmp_path / "another")
+    assert not (tmp_path / "another").exists()
+
+
+def test_what_somebody_reads_is_not_written_over(tmp_path: Path) -> None:
+    spares = storage.Spares(tmp_path / "spare")
+    mapped = np.memmap(filled(tmp_path / "mapped"), np.uint8, "r")
+    filled(tmp_path / "linked")
+    storage.link(tmp_path / "linked", tmp_path / "other")
+    with filled(tmp_path / "open").open("rb") as file:
+        for name in ("mapped", "linked", "open"):
+            spares.give(tmp_path / name)
+        assert not spares.take(tmp_path / "new")
+        assert file.read() == b"x" * (2 << 20)
+    assert (mapped == ord("x")).all()
+    assert (tmp_path / "other").read_bytes() == b"x" * (2 << 20)
+    assert list((tmp_path / "spare").iterdir()) == []
+
+
+def test_small_files_and_files_that_are_gone_are_no_spares(tmp_path: Path) -> None:
+    spares = storage.Spares(tmp_path / "spare")
+    filled(tmp_path / "small", num_bytes=100)
+    spares.give(tmp_path / "small")
+    spares.give(tmp_path / "gone")
+    assert not spares.take(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_spare_takes_nobodys_place(tmp_path: Path) -> None:
+    spares = storage.Spares(tmp_path / "spare")
+    spares.give(filled(tmp_path / "old"))
+    filled(tmp_path / "there", b"y")
+    assert not spares.take(tmp_path / "there")
+    assert (tmp_path / "there").read_bytes() == b"y" * (2 << 20)
+
+
+def test_a_spare_has_one_taker(tmp_path: Path) -> None:
+    spares = [storage.Spares(tmp_path / "spare") for _ in range(8)]
+    for i in range(20):
+        spares[0].give(filled(tmp_path / f"old{i}", num_bytes=1 << 20))
+    with ThreadPoolExecutor(8) as threads:
+        taken = list(threads.map(lambda i: spares[i % 8].take(tmp_path / f"new{i}"), range(40)))
+    files = list(tmp_path.glob("new*"))
+    assert sum(taken) == len(files) == len({path.stat().st_ino for path in files})
+    spares[0].clear()
+    assert not (tmp_path / "spare").exists()
+
+
+def test_a_folder_that_can_t_be_made_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "spare").write_text("a file where the folder would be")
+    spares = storage.Spares(tmp_path / "spare")
+    spares.give(filled(tmp_path / "old"))
+    assert not (tmp_path / "old").exists()
+    assert not spares.take(tmp_path / "new")

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hansa.core import wire
+from hansa.core.storage import Spares
 from hansa.core.values import Plan
 from hansa.errors import ChecksumError, HansaError, StorageError, WireError
 from hansa.transport.pieces import (
@@ -134,6 +135,26 @@ def test_what_has_arrived_stays(tmp_path: Path) -> None:
         copy(tmp_path / "a", incoming)
         incoming.finish()
     assert (tmp_path / "b").read_bytes() == data
+
+
+@pytest.mark.parametrize("num_bytes", [2 * PIECE_BYTES, 6 * PIECE_BYTES + 3])
+def test_a_new_file_is_written_over_a_spare_one(tmp_path: Path, num_bytes: int) -> None:
+    """Whether the old file was shorter or longer, and killed on the way or not."""
+    data = write(tmp_path / "a", 4 * PIECE_BYTES + 17)
+    manifest = describe(tmp_path / "a")
+    spares = Spares(tmp_path / "spare")
+    write(tmp_path / "old", num_bytes, seed=1)
+    number = (tmp_path / "old").stat().st_ino
+    spares.give(tmp_path / "old")
+    with Incoming(tmp_path / "b", manifest, spares=spares) as incoming:
+        assert incoming.missing() == [(0, 5)]
+        incoming.write(2, payload(tmp_path / "a", manifest, 2))
+    with Incoming(tmp_path / "b", manifest, spares=spares) as incoming:
+        assert incoming.missing() == [(0, 2), (3, 5)]
+        copy(tmp_path / "a", incoming)
+        incoming.finish()
+    assert (tmp_path / "b").read_bytes() == data
+    assert (tmp_path / "b").stat().st_ino == number
 
 
 def test_a_file_that_is_there_is_not_fetched(tmp_path: Path) -> None:

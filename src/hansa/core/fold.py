@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hansa.core import storage, wire
 from hansa.core import tree as trees
-from hansa.core import wire
 from hansa.core.ports import Handle
 from hansa.core.tree import Array, Layout
 from hansa.core.values import Aggregate, Header, Update
@@ -149,7 +149,7 @@ class Fold:
         self._waiting = {}
         self._sums = {}
         for path in self._files:
-            path.unlink(missing_ok=True)
+            self._spares().give(path)
         if self._temporary:
             self._temporary.cleanup()
 
@@ -159,6 +159,9 @@ class Fold:
         if not self._temporary:
             self._temporary = tempfile.TemporaryDirectory(prefix="hansa-fold-")
         return Path(self._temporary.name)
+
+    def _spares(self) -> storage.Spares:
+        return storage.Spares(self._folder() / storage.SPARES)
 
     def _unwelcome(self, header: Header) -> str | None:
         if header.site not in self._place:
@@ -256,6 +259,8 @@ class Fold:
         if total <= MAP_BYTES:
             return {name: np.zeros(spec.shape, dtypes[name]) for name, spec in layout.items()}
         path = self._folder() / f"accumulator-{number}.bin"
+        path.unlink(missing_ok=True)
+        self._spares().take(path)
         self._files.append(path)
         buffer = _mapped_zeros(path, total)
         arrays: dict[str, Array] = {}
@@ -271,10 +276,10 @@ _ZEROS = memoryview(bytes(1 << 20))
 
 
 def _mapped_zeros(path: Path, num_bytes: int) -> Array:
-    """Return ``num_bytes`` zeros in a new file; its blocks are claimed first, as a disk that is found full while
+    """Return ``num_bytes`` zeros in a file; its blocks are claimed first, as a disk that is found full while
     mapped memory is written ends the process with SIGBUS."""
     try:
-        with path.open("wb") as file:
+        with storage.rewritten(path) as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
             for start in range(0, num_bytes, len(_ZEROS)):  # pages that are there cost a fraction of a fault's

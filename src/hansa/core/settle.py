@@ -104,15 +104,16 @@ def save_state(path: Path, state: Parts) -> None:
         StorageError: the disk is full or the folder can't be written.
     """
     try:
-        with path.open("wb") as file:
+        with storage.rewritten(path) as file:
             wire.write(file, "state", {}, state)
     except OSError as error:
         raise storage.full(path, error) from error
 
 
 def _fresh(path: Path) -> Path:
-    """Return ``path`` without the file that had this name, which may still be mapped."""
+    """Return ``path`` without the file that had this name, which may still be mapped; with a spare one, if any."""
     path.unlink(missing_ok=True)
+    storage.Spares(path.parent / storage.SPARES).take(path)
     return path
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -120,6 +122,84 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def rewritten(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to be written from its beginning: over what it holds, of which nothing stays."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb") as file:
+        yield file
+        file.truncate()
+
+
+SPARES = "spare"
+"""What a folder of spares is called."""
+
+_WORTH_BYTES = 1 << 20
+
+
+class Spares:
+    """Files that are needed no more, kept to be written over: a page of a file that is in memory already costs a
+    tenth of a new one, which the system has to find, clear and give a place on the disk.
+
+    A file is used again only if it has no other name and nobody has it open or mapped: so what somebody reads stays as
+    it was, as it does when a file is deleted. Files that can't be used so are deleted.
+
+    Args:
+        directory: where they lie, on the file system of those that come and go; several processes may share it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def give(self, path: Path) -> None:
+        """Take the file ``path``, if there is one, for the next to come."""
+        with contextlib.suppress(OSError):
+            if path.stat().st_size >= _WORTH_BYTES:
+                self._directory.mkdir(exist_ok=True)
+                path.rename(self._directory / secrets.token_hex(8))
+        path.unlink(missing_ok=True)
+
+    def take(self, path: Path) -> bool:
+        """Make a spare file ``path``, whatever it holds; False where there is none, or ``path`` is there already."""
+        for spare in self._found():
+            mine = spare.with_name(f".{spare.name}")
+            with contextlib.suppress(OSError):
+                spare.rename(mine)  # of several who want it one succeeds
+                try:
+                    if _is_free(mine):
+                        os.link(mine, path)
+                        return True
+                except FileExistsError:
+                    return False
+                finally:
+                    mine.unlink()
+        return False
+
+    def clear(self) -> None:
+        """Delete them all."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _found(self) -> list[Path]:
+        try:
+            return [path for path in self._directory.iterdir() if not path.name.startswith(".")]
+        except OSError:
+            return []
+
+
+def _is_free(path: Path) -> bool:
+    """Say whether a file has one name and is open nowhere: only then does Linux give a lease for writing."""
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, 0o600)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        return os.fstat(descriptor).st_nlink == 1
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Make the folder ``temporary`` appear as ``final``, whole, after its files are durable.
 
@@ -192,7 +272,7 @@ def save_tree(path: Path, tree: Tree, metadata: Mapping[str, str] | None = None)
     text = msgspec.json.encode(head)
     text += b" " * (-len(text) % 8)
     try:
-        with path.open("wb") as file:
+        with rewritten(path) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 dtype = trees.dtype_of(leaves[name].dtype.name)

@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 from xxhash import xxh3_64_intdigest as digest_of
 
+from hansa.core import storage
 from hansa.core import tree as trees
 from hansa.core.lazy import Leaf, Memo
 from hansa.core.tree import Array, Parts, Spec, Tree
@@ -500,7 +501,7 @@ def spool(update: Update, path: Path) -> Spooled:
         NonFiniteError: it holds what can't be sent, and no file is left.
     """
     try:
-        with path.open("wb") as file:
+        with storage.rewritten(path) as file:
             write_update(file, update)
     except HansaError:
         path.unlink(missing_ok=True)

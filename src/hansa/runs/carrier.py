@@ -107,7 +107,10 @@ class _Carrier:
         self._given_sinks = sinks
         self._begun = time.perf_counter()
         evaluation = job.evaluation
-        self._checkpoints = Checkpoints(directory / "checkpoints", job.output.keep, evaluation.metric, evaluation.mode)
+        self._spares = storage.Spares(self._work / storage.SPARES)
+        self._checkpoints = Checkpoints(
+            directory / "checkpoints", job.output.keep, evaluation.metric, evaluation.mode, self._spares
+        )
 
     async def carry_out(self) -> None:
         """Check, train, compare, export, report."""
@@ -160,6 +163,7 @@ class _Carrier:
             self._progress.say(f"Going on after round {start.round}.")
         self._checkpoints.forget_after(start.round)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._spares.clear)
             lines = JsonLines(self._directory / "metrics.jsonl", after=start.round)
             stack.callback(lines.close)
             sinks: list[Sink] = [Csv(self._directory / "metrics.csv", lines.records), *self._given_sinks]

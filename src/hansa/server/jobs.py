@@ -258,6 +258,7 @@ class Jobs:
                 break
             except StorageError as error:
                 _LOG.warning("%s: %s", id, error.message)
+                storage.Spares(run.directory / "work" / storage.SPARES).clear()
                 if notes.rounds != rounds:  # there was progress since it last failed
                     failing, pause, rounds = time.monotonic(), 1.0, notes.rounds
                 if time.monotonic() - failing > PATIENCE_S:
@@ -292,7 +293,7 @@ class Jobs:
             for key in self._store.forget(id, course, _EVERY_ROUND):
                 self._blobs.delete(key)
         work = self.folder(id) / "work"
-        for name in ("plans", "updates", "compute"):
+        for name in ("plans", "updates", "compute", storage.SPARES):
             shutil.rmtree(work / name, ignore_errors=True)
         (work / "initial.hansa").unlink(missing_ok=True)
 

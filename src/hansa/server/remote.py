@@ -91,6 +91,7 @@ class Remote:
         self._directory = directory
         self._plans = directory / "plans"
         self._updates = directory / "updates"
+        self._spares = storage.Spares(directory / storage.SPARES)
         self._compute = compute
         self._blobs = blobs
         self._news = asyncio.Event()
@@ -113,6 +114,7 @@ class Remote:
             )
         for folder in (self._plans, self._updates):
             folder.mkdir(parents=True, exist_ok=True)
+        self._spares.clear()
         self._sweep()
         await self._compute.__aenter__()
         loop = asyncio.get_running_loop()
@@ -199,7 +201,9 @@ class Remote:
         """
         temporary = self._plans / f".{plan.job}.{plan.round}.{plan.task}.tmp"
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)
+            self._spares.take(temporary)
+            with storage.rewritten(temporary) as file:
                 wire.write_plan(file, plan)
             manifest = describe(temporary, wire.cuts(temporary))
             self._announced.add(manifest.digest)
@@ -214,6 +218,7 @@ class Remote:
     def forget(self, course: str, before: int) -> None:
         """Free the updates of rounds before ``before``, and the plans that nobody is asked for any more."""
         for key in self.store.forget(self.id, course, before):
+            self._spares.give(self._blobs.path(key))
             self._blobs.delete(key)
         self._sweep()
         plans = list(self._plans.glob("*.hansa"))  # first: another course may be publishing one meanwhile
@@ -221,7 +226,7 @@ class Remote:
         asked = {row.plan for row in self.store.tasks(self.id) if row.state in ("open", "late", "done")}
         for path in plans:
             if path.stem not in announced | asked:
-                path.unlink(missing_ok=True)
+                self._spares.give(path)
                 path.with_suffix(".manifest").unlink(missing_ok=True)
 
     async def answers(

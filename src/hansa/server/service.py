@@ -448,7 +448,8 @@ class Service:
         largest = self._settings.max_model_bytes or implied_bytes(num_bytes)
         most = min(largest, implied_bytes(num_bytes))
         check = partial(self._check_update, row, path, num_bytes, most)
-        return Destination(path, most, implied_bytes(manifest_bytes), check=check)
+        spares = storage.Spares(self._jobs.folder(row.job) / "work" / storage.SPARES)
+        return Destination(path, most, implied_bytes(manifest_bytes), check=check, spares=spares)
 
     def _check_bundle(self, caller: Identity, path: Path, manifest: Manifest) -> None:
         """Refuse a bundle that is mostly repetition, or more than its submitter may have at the server.

@@ -40,13 +40,17 @@ class Checkpoints:
         directory: the folder of checkpoints.
         keep: how many of the latest stay.
         metric: selects the best round, by ``mode`` (``min`` or ``max``).
+        spares: who gets the files of checkpoints that are no longer needed.
     """
 
-    def __init__(self, directory: Path, keep: int, metric: str, mode: str) -> None:
+    def __init__(
+        self, directory: Path, keep: int, metric: str, mode: str, spares: storage.Spares | None = None
+    ) -> None:
         self._directory = directory
         self._keep = keep
         self._metric = metric
         self._sign = 1 if mode == "min" else -1
+        self._spares = spares
         self._best_path = directory / "best.json"
         directory.mkdir(parents=True, exist_ok=True)
         self.best: Mapping[str, Any] | None = storage.read_json(self._best_path) if self._best_path.exists() else None
@@ -139,7 +143,11 @@ class Checkpoints:
         kept = {*self.rounds()[-self._keep :], self.best["round"] if self.best else -1}
         for number in self.rounds():
             if number not in kept:
-                shutil.rmtree(self._directory / f"{number:06d}", ignore_errors=True)
+                folder = self._directory / f"{number:06d}"
+                if self._spares is not None:
+                    for name in (settle.MODEL, settle.STATE):
+                        self._spares.give(folder / name)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def early_stop(records: Sequence[Mapping[str, Any]], metric: str, mode: str, patience: int | None) -> bool:

@@ -4,6 +4,7 @@
     jobs/ID/bundle.zip  bundle.manifest  files/    what the submitter signed
     jobs/ID/plans/                 the last plan received; its unchanged pieces are not fetched again
     jobs/ID/outbox/                answers on their way
+    jobs/ID/spare/                 large files that are needed no more, for the next ones to be written over
     jobs/ID/work/                  what the site remembers from round to round, errors, ``sites.log``
     jobs/ID/attach                 where a process that the site's owner starts finds the job (recipe.attached)
 
@@ -92,10 +93,12 @@ class JoinedJob:
         self._settings = settings
         self._directory = directory
         self._plans = directory / "plans"
+        self._spares = storage.Spares(directory / storage.SPARES)
         try:
             for folder in (self._plans, directory / "work"):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.outbox = Outbox(directory / "outbox")
+            self._spares.clear()
+            self.outbox = Outbox(directory / "outbox", self._spares)
         except OSError as error:
             raise storage.full(directory, error) from error
         self._histories = histories
@@ -143,6 +146,9 @@ class JoinedJob:
             if isinstance(error.__cause__, DefectError):
                 return lost(self._explained(given, error.message, error.__cause__.trace))
             return lost(error.message)
+        except StorageError:
+            await whole(self._spares.clear)
+            raise
         finally:
             self._last = time.monotonic()
             self._wanted -= Counter([self._plan_path(given)])
@@ -253,7 +259,9 @@ class JoinedJob:
         """Fetch a file, and keep its manifest beside it, for what it can give to the next one."""
         limit = self._settings.policy.max_model_bytes or MOST_BYTES
         try:
-            manifest = await connection.download(self.id, digest, path, donors=donors, max_bytes=limit, durable=durable)
+            manifest = await connection.download(
+                self.id, digest, path, donors=donors, max_bytes=limit, durable=durable, spares=self._spares
+            )
         except ChecksumError as error:
             raise SiteError(f"The server's file is damaged: {error.message}") from error
         except WireError as error:
@@ -274,16 +282,17 @@ class JoinedJob:
         self._sound = {path for path in self._sound if path.stem in wanted}
         for path in self._plans.iterdir():
             if path.name.partition(".")[0] not in wanted:
-                path.unlink(missing_ok=True)
+                self._spares.give(path)
 
     async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
         assert self._history is not None, "the job was joined"
         self._history.check(given)
         form = course_form(job, given.course, given.kind, self._site)
         await whole(lambda: self._forget_plans(path))
-        _check_room(out.parent, path)
-        if given.kind == "train" and self._account is not None:
-            await self._charge(self._account, job, given)
+        if given.kind != "train" or not await whole(partial(self._spares.take, out)):
+            _check_room(out.parent, path)
+        if given.kind == "train" and (self._account is not None or self._settings.privacy.require is not None):
+            await self._charge(job, given)
 
         def request(ticket: int, threads: int) -> Work:
             return Perform(ticket, form, str(path), self._site, threads, str(out))
@@ -321,12 +330,15 @@ class JoinedJob:
         await whole(partial(self._history.note, given))
         return Outcome()
 
-    async def _charge(self, account: budget.Account, job: Job, given: Assignment) -> None:
+    async def _charge(self, job: Job, given: Assignment) -> None:
+        """Check, once, that a job keeps its promise, and charge a round to the data's budget if there is one."""
         if self._examples is None:
             told = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
             assert isinstance(told, messages.Inspected), told
+            await whole(partial(budget.check_promise, job, self._worker.traits))
             self._examples = told.counts.get("train", 0)
-        await whole(partial(account.charge, job, self._worker.traits, self._examples, given.task, given.round))
+        if self._account is not None:
+            await whole(partial(self._account.charge, job, self._examples, given.task, given.round))
 
     def _reason(self, given: Assignment, answer: Absent) -> str:
         """Return why there is no update; of a traceback that the worker has written, what the submitter may read."""

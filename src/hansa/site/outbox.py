@@ -40,10 +40,16 @@ class Entry:
 
 
 class Outbox:
-    """The answers of one job that the server has not acknowledged yet."""
+    """The answers of one job that the server has not acknowledged yet.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: where they lie.
+        spares: who gets the updates that have been acknowledged.
+    """
+
+    def __init__(self, directory: Path, spares: storage.Spares) -> None:
         self._directory = directory
+        self._spares = spares
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.glob(".*"):  # what was being written when the agent was killed
             shutil.rmtree(path, ignore_errors=True)
@@ -86,6 +92,8 @@ class Outbox:
         """
         folder = self._directory / f".{task}"
         try:
+            if outcome.missing is not None:  # what lies there is half an update, or a spare file
+                (folder / UPDATE).unlink(missing_ok=True)
             (folder / ANSWER).write_bytes(msgspec.msgpack.encode(outcome))
         except OSError as error:
             raise storage.full(folder, error) from error
@@ -99,6 +107,7 @@ class Outbox:
         gone = self._directory / f".{task}"
         with contextlib.suppress(OSError):  # renamed first, so that a crash leaves it whole or out of sight
             (self._directory / task).rename(gone)
+            self._spares.give(gone / UPDATE)
         shutil.rmtree(gone, ignore_errors=True)
 
     def keep_only(self, tasks: Iterable[str]) -> None:

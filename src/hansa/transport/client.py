@@ -33,6 +33,7 @@ from typing import Any, TypeVar, overload
 import grpc
 import grpc.aio
 
+from hansa.core import storage
 from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
 from hansa.transport import diagnosis, messages, protocol
@@ -183,6 +184,7 @@ class Connection:
         donors: Sequence[tuple[Path, Manifest]] = (),
         max_bytes: int | None = None,
         durable: bool = True,
+        spares: storage.Spares | None = None,
         progress: Progress | None = None,
     ) -> Manifest:
         """Fetch a file; what an earlier attempt or a donor has of it is not sent again.
@@ -194,6 +196,7 @@ class Connection:
             donors: files that may hold some of its pieces, with their manifests.
             max_bytes: the largest file that is accepted.
             durable: whether the file must outlive a power cut; one that can be fetched again need not.
+            spares: files that a new one may be written over.
             progress: called as pieces come.
 
         Raises:
@@ -206,7 +209,7 @@ class Connection:
         with contextlib.ExitStack() as stack:
 
             def begin() -> Incoming:
-                return stack.enter_context(Incoming(path, manifest, donors, max_bytes=max_bytes))
+                return stack.enter_context(Incoming(path, manifest, donors, max_bytes=max_bytes, spares=spares))
 
             async with ThreadGroup[None](self._threads) as threads:
                 incoming = await threads.do(begin)

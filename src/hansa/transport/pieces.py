@@ -199,6 +199,7 @@ class Incoming:
         manifest: what it consists of.
         donors: files that may hold some of its pieces, with their manifests.
         max_bytes: the largest file that is accepted.
+        spares: files that one which is new may be written over.
 
     Raises:
         WireError: the file would be too large.
@@ -212,6 +213,7 @@ class Incoming:
         donors: Sequence[tuple[Path, Manifest]] = (),
         *,
         max_bytes: int | None = None,
+        spares: storage.Spares | None = None,
     ) -> None:
         if max_bytes is not None and manifest.num_bytes > max_bytes:
             raise WireError(f"{path.name} would have {manifest.num_bytes:,} bytes; at most {max_bytes:,} are accepted.")
@@ -228,8 +230,10 @@ class Incoming:
         self._whole = self._is_there()
         if not self._whole:
             try:
+                begun = spares is None or not manifest.pieces or not spares.take(self._part)
                 self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                self._take(self._part, manifest)
+                if begun:
+                    self._take(self._part, manifest)
                 for donor, described in donors:
                     self._take(donor, described)
             except OSError as error:

@@ -38,6 +38,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 import grpc.aio
 
+from hansa.core.storage import Spares
 from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.identity import Identity
 from hansa.pki.kit import Kit
@@ -89,12 +90,14 @@ class Destination:
         max_bytes: the largest file; equal pieces, which travel once, all count.
         max_manifest_bytes: the longest manifest.
         check: told the manifest before anything is written; raises what speaks against the file.
+        spares: files that it may be written over.
     """
 
     path: Path
     max_bytes: int
     max_manifest_bytes: int
     check: Callable[[Manifest], object] = lambda manifest: None
+    spares: Spares | None = None
 
 
 class Handlers(Protocol):
@@ -385,7 +388,7 @@ class Server:
             if manifest.digest != offer.digest:
                 raise WireError("A manifest has another digest than the one it was offered by.")
             place.check(manifest)
-            return stack.enter_context(Incoming(place.path, manifest, max_bytes=place.max_bytes))
+            return stack.enter_context(Incoming(place.path, manifest, max_bytes=place.max_bytes, spares=place.spares))
 
         with contextlib.ExitStack() as stack:
             async with ThreadGroup[None](self._threads) as threads:

@@ -18,7 +18,8 @@ class ThreadGroup(Generic[_T]):
     """Runs work in an executor's threads; leaving the block waits for all of it, so files can be closed after it.
 
     A thread can't be cancelled: who awaits its result can, and would close files under it. Here a cancellation
-    waits for the threads and goes on then. Work that no thread has begun yet is dropped.
+    waits for the threads and goes on then. Nothing is dropped: a piece that has come is written, its stream broken or
+    not.
 
     Args:
         executor: where the threads are.
@@ -35,8 +36,7 @@ class ThreadGroup(Generic[_T]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        left = [future for future in tuple(self._unfinished) if not future.cancel()]
-        waiting = asyncio.gather(*map(asyncio.wrap_future, left), return_exceptions=True)
+        waiting = asyncio.gather(*map(asyncio.wrap_future, tuple(self._unfinished)), return_exceptions=True)
         cancelled = False
         while not waiting.done():
             try:
