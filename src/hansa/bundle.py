@@ -95,6 +95,12 @@ class Bundle:
     created: datetime
 
     @property
+    def digest(self) -> str:
+        """The digest of what was signed, by whom and when; not of its ZIP file."""
+        signed = (self.signer.name, self.created, self.job.name, sorted(self.files.items()))
+        return blake3.blake3(msgspec.json.encode(signed)).hexdigest()
+
+    @property
     def code(self) -> Mapping[str, str]:
         """What in the job is, or names, code that is not Hansa's own: where it stands -> what it is.
 

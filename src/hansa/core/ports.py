@@ -51,8 +51,16 @@ class SecureLine(Protocol):
         """Whose signatures count (:class:`hansa.secagg.protocol.Checker`)."""
         ...
 
-    async def exchange(self, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
-        """Send each site its message, and return what each answered."""
+    @property
+    def scope(self) -> str:
+        """What the names of courses are preceded by in sessions, so that no two jobs have the same."""
+        ...
+
+    async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
+        """Send each site its message of the session in which ``plan`` is answered, and return what each answered.
+
+        With an ``advertise`` that differs from the one before, answers to ``plan`` so far are worth nothing.
+        """
         ...
 
 

@@ -61,7 +61,7 @@ class Server:
         self._reveals: dict[str, p.Reveal] = {}
         self._session: p.Session | None = None
         if self._state.roll is not None:
-            self._session = p.Session.of(terms, self._state.roll, checker)
+            self._session = p.Session.of(terms, self._state.roll, None)
 
     def _read(self, stored: bytes) -> _State:
         found = p.unpack(stored, _Format, None).format
@@ -245,6 +245,11 @@ class Server:
     def survivors(self) -> tuple[str, ...]:
         """The sites in the sum; empty until that is fixed."""
         return self._state.survivors or ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether enough shares are durable: nobody needs to be asked any more."""
+        return self._state.reveals is not None
 
     # unmask
 

@@ -84,11 +84,11 @@ class Site:
                 self._succeed(last)
             self._state = _State(p.FORMAT, terms, name, secrets.token_bytes(keys.KEY_BYTES))
         if self._state.roll is not None:
-            self._session = self._of(self._state.roll)
+            self._session = self._of(self._state.roll, None)
 
-    def _of(self, roll: p.Roll) -> p.Session:
+    def _of(self, roll: p.Roll, checker: p.Checker | None) -> p.Session:
         try:
-            return p.Session.of(self._terms, roll, self._signer)
+            return p.Session.of(self._terms, roll, checker)
         except HansaError as error:
             error.site = error.site or self._name
             raise
@@ -177,7 +177,7 @@ class Site:
         """
         self._secret("seed")
         message = p.receive(self._terms, roll, p.Roll, self._name)
-        session = self._of(message)
+        session = self._of(message, self._signer)
         mine = session.adverts.get(self._name)
         if mine is None or self._state.advert is None or mine.content() != self._state.advert.content():
             raise self._refusal("the roll does not have this site's own keys")

@@ -38,6 +38,7 @@ from hansa.core.config import Job
 from hansa.core.ports import Reply
 from hansa.core.values import Absence, Plan, RoundRecord
 from hansa.errors import HansaError, InterruptedRunError, JobError, PolicyError, StorageError
+from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs import carrier
 from hansa.runs.run import Run
@@ -240,7 +241,8 @@ class Jobs:
         await asyncio.to_thread(self.place, id)
         run = Run(self.folder(id))
         sites = self.sites_of(id)
-        policy.decide(bundles.read(run.directory / "bundle.zip", self._kit.roster()), self._settings, self._home)
+        bundle = bundles.read(run.directory / "bundle.zip", self._kit.roster())
+        policy.decide(bundle, self._settings, self._home)
         job = policy.at_server(run.job, sites, self._settings, self._home)
         notes = _Notes(self, self._store, self._blobs, self._metrics, id)
         compute = self._settings.compute
@@ -249,7 +251,8 @@ class Jobs:
             beside = Compute(job, work / "compute", compute.environment, self._settings.max_model_bytes)
             allow = partial(self._allow, id)
             lease_s = self._settings.lease_s
-            return Remote(id, job, work, sites, beside, self._store, self._blobs, self._desk, lease_s, allow)
+            masks = bundle.digest, Identities(self._kit)
+            return Remote(id, job, work, sites, beside, self._store, self._blobs, self._desk, lease_s, allow, masks)
 
         failing, pause, rounds = math.inf, 1.0, -1
         while True:
@@ -295,7 +298,8 @@ class Jobs:
         work = self.folder(id) / "work"
         for name in ("plans", "updates", "compute", storage.SPARES):
             shutil.rmtree(work / name, ignore_errors=True)
-        (work / "initial.hansa").unlink(missing_ok=True)
+        for path in [work / "initial.hansa", *work.rglob("secure.*")]:
+            path.unlink(missing_ok=True)
 
     def settle(self, id: str, error: BaseException | None) -> None:
         """Write down how a job ended, and what it still holds."""

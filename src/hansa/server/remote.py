@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,10 +34,11 @@ from hansa.core import storage, wire
 from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Trait
-from hansa.core.ports import Handle, Peers, Reply, SecureLine, SiteReport
+from hansa.core.ports import Handle, Peers, Phase, Reply, SecureLine, SiteReport
 from hansa.core.tree import Parts, Tree
-from hansa.core.values import Absence, Plan
+from hansa.core.values import Absence, Plan, Task
 from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
+from hansa.pki.identities import Identities
 from hansa.runs.carrier import workflow_of
 from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
@@ -64,6 +67,7 @@ class Remote:
         lease_s: how long a site may be silent.
         allow: told a round, how many bytes its plan has and how many sites answer it with updates, before any of it
             is written; raises what speaks against it.
+        masks: the digest of what was signed, and what tells the sites' signatures, for secure aggregation.
     """
 
     needs_all = False
@@ -80,6 +84,7 @@ class Remote:
         desk: Desk,
         lease_s: float,
         allow: Callable[[int, int, int], object],
+        masks: tuple[str, Identities],
     ) -> None:
         self.id = id
         self.job = job
@@ -88,6 +93,7 @@ class Remote:
         self.desk = desk
         self.lease_s = lease_s
         self.allow = allow
+        self.masks = masks
         self._directory = directory
         self._plans = directory / "plans"
         self._updates = directory / "updates"
@@ -205,14 +211,37 @@ class Remote:
             self._spares.take(temporary)
             with storage.rewritten(temporary) as file:
                 wire.write_plan(file, plan)
-            manifest = describe(temporary, wire.cuts(temporary))
-            self._announced.add(manifest.digest)
-            (self._plans / f"{manifest.digest}.manifest").write_bytes(manifest.encode())
-            temporary.replace(self._plans / f"{manifest.digest}.hansa")
+            return self._announce(temporary, wire.cuts(temporary))
         except OSError as error:
             raise storage.full(temporary, error) from error
         finally:
             temporary.unlink(missing_ok=True)
+
+    def publish_letters(self, letters: Mapping[str, bytes]) -> dict[str, str]:
+        """Put messages where sites can fetch them, and return the address of each one's manifest.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        digests: dict[bytes, str] = {}
+        for letter in letters.values():
+            if letter not in digests:
+                temporary = self._plans / f".{hashlib.sha256(letter).hexdigest()}.tmp"
+                try:
+                    temporary.write_bytes(letter)
+                    digests[letter] = self._announce(temporary)
+                except OSError as error:
+                    raise storage.full(temporary, error) from error
+                finally:
+                    temporary.unlink(missing_ok=True)
+        return {site: digests[letter] for site, letter in letters.items()}
+
+    def _announce(self, temporary: Path, cuts: Sequence[int] | None = None) -> str:
+        """Let a file be what sites fetch, and return the address of its manifest."""
+        manifest = describe(temporary, cuts)
+        self._announced.add(manifest.digest)
+        (self._plans / f"{manifest.digest}.manifest").write_bytes(manifest.encode())
+        temporary.replace(self._plans / f"{manifest.digest}.hansa")
         return manifest.digest
 
     def forget(self, course: str, before: int) -> None:
@@ -230,7 +259,14 @@ class Remote:
                 path.with_suffix(".manifest").unlink(missing_ok=True)
 
     async def answers(
-        self, course: str, round: int, kind: TaskKind, plan: str, sites: Sequence[str], deadline_s: float | None
+        self,
+        course: str,
+        round: int,
+        kind: TaskKind,
+        plan: str | Mapping[str, str],
+        sites: Sequence[str],
+        deadline_s: float | None,
+        renewing: Task | None = None,
     ) -> AsyncGenerator[TaskRow, None]:
         """Ask ``sites`` and yield a row for each as soon as it is not open any more.
 
@@ -238,8 +274,9 @@ class Remote:
         same tasks, and sites have gone on with them.
         """
         begun = time.monotonic()
-        rows = await asyncio.to_thread(self.store.open_tasks, self.id, course, round, kind, plan, sites)
-        self._announced.discard(plan)
+        asked = partial(self.store.open_tasks, self.id, course, round, kind, plan, sites, renewing)
+        rows = await asyncio.to_thread(asked)
+        self._announced -= {plan} if isinstance(plan, str) else set(plan.values())
         self.desk.ring(sites)
         waiting = {row.task: row for row in rows.values()}
         while True:
@@ -332,10 +369,7 @@ class RemoteCohort:
             return self._engine.kept(row.update)
         if row.state == "overdue":
             return Absence(row.site, "late", "came after the deadline")
-        if row.answer:
-            said = msgspec.json.decode(row.answer, type=Missing)
-            return Absence(row.site, said.kind, said.reason)
-        return Absence(row.site, "lost", "was not asked any more")
+        return _absence(row)
 
     def late(self, round: int) -> Sequence[Handle]:
         """Return the updates that came after their deadline and that ``round`` is to use."""
@@ -344,12 +378,49 @@ class RemoteCohort:
 
     @property
     def secure(self) -> SecureLine | None:
-        """None: there is no way for such messages here."""
-        return None
+        """The way of messages to the sites' agents."""
+        return RemoteLine(self._engine)
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""
         return await self._engine.summarise(sums)
+
+
+class RemoteLine:
+    """The way of secure aggregation's messages: each is a task of the site's, and its answer the task's."""
+
+    def __init__(self, engine: Remote) -> None:
+        self._engine = engine
+
+    @property
+    def checker(self) -> Identities:
+        """The server's roster."""
+        return self._engine.masks[1]
+
+    @property
+    def scope(self) -> str:
+        """The digest of what was signed."""
+        return f"{self._engine.masks[0]}/"
+
+    async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
+        """Have the sites' agents answer; asked again with the same, they have answered already."""
+        engine = self._engine
+        digests = await asyncio.to_thread(engine.publish_letters, letters)
+        renewing = plan.task if phase == "advertise" else None
+        found: dict[str, bytes | Absence] = {}
+        answers = engine.answers(plan.job, plan.round, phase, digests, sorted(letters), None, renewing)
+        async with contextlib.aclosing(answers):
+            async for row in answers:
+                found[row.site] = row.answer if row.state == "done" else _absence(row)
+        return found
+
+
+def _absence(row: TaskRow) -> Absence:
+    """Return why there is no answer to a task."""
+    if not row.answer:
+        return Absence(row.site, "lost", "was not asked any more")
+    said = msgspec.json.decode(row.answer, type=Missing)
+    return Absence(row.site, said.kind, said.reason)
 
 
 class Kept(wire.Spooled):

@@ -48,6 +48,7 @@ from hansa.server.settings import ServerSettings
 from hansa.server.store import JobRow, Store, TaskRow, check_quota
 from hansa.transport.messages import (
     INLINE_BYTES,
+    PHASES,
     PROTOCOL,
     AbortJob,
     Agenda,
@@ -338,10 +339,14 @@ class Service:
         row = self._task(site, said.job, said.task)
         if row.state not in ("open", "late"):
             return row.job
-        given = sum(item is not None for item in (said.inline, said.upload, said.missing, said.inspected))
-        other = said.missing is None and (said.inspected is not None) != (row.kind == "inspect")
-        if given != 1 or other:
+        answers = (said.inline, said.upload, said.missing, said.inspected, said.letter)
+        told = (said.inspected is not None, said.letter is not None) == (row.kind == "inspect", row.kind in PHASES)
+        if sum(item is not None for item in answers) != 1 or not (told or said.missing is not None):
             raise JobError("The answer is of another kind than was asked for.", job=row.job, site=site)
+        if said.letter is not None:
+            self._store.answer(row.task, site, "done", said.letter)
+            self._metrics.answered(row.kind)
+            return row.job
         if said.missing is not None or said.inspected is not None:
             state = "missing" if said.missing is not None else "done"
             text = msgspec.json.encode(said.missing if said.missing is not None else said.inspected)
@@ -445,8 +450,9 @@ class Service:
             num_bytes, manifest_bytes = (item.stat().st_size for item in (plan, plan.with_suffix(".manifest")))
         except OSError as error:
             raise StorageError(f"Can't read the plan {plan.name}: {error.strerror}.", job=row.job) from error
-        largest = self._settings.max_model_bytes or implied_bytes(num_bytes)
-        most = min(largest, implied_bytes(num_bytes))
+        most = implied_bytes(num_bytes)
+        if self._jobs.job_of(row.job).secure_aggregation is None:  # masked, it is wider than the model that it is of
+            most = min(self._settings.max_model_bytes or most, most)
         check = partial(self._check_update, row, path, num_bytes, most)
         spares = storage.Spares(self._jobs.folder(row.job) / "work" / storage.SPARES)
         return Destination(path, most, implied_bytes(manifest_bytes), check=check, spares=spares)
@@ -635,7 +641,7 @@ class Service:
             task = self._store.task(activity.task)
             if task is None or task.site != site or (job is not None and task.job != job.id):
                 continue
-            work = {"inspect": "checking", "train": "training", "evaluate": "evaluating"}[task.kind]
+            work = {"inspect": "checking", "train": "training", "evaluate": "evaluating"}.get(task.kind, "masking")
             round = f", round {task.round}" if task.round else ""
             whose = "" if job is not None else f"{task.job}: "
             why = f" ({activity.why})" if activity.why else ""

@@ -27,6 +27,7 @@ Guarantees, each with its test:
     a late update, the first or the second    True, then False
     a failed job queued again                 sites that gave no update are asked again; updates are kept
     the same, while a round is evaluated      only the evaluation is asked for again: the round's model stands
+    another attempt of secure aggregation     what was answered under the masks of the last one is asked for again
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -46,6 +47,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
+from hansa.core.ports import Phase
 from hansa.errors import AccessError, JobError, MissingExtraError, StorageError, VersionError
 from hansa.runs.run import now
 from hansa.server import schema
@@ -53,7 +55,7 @@ from hansa.server.schema import audits, events, jobs, leavers, numbers, owner, s
 
 JobState = Literal["queued", "running", "finished", "failed", "aborted"]
 TaskState = Literal["open", "done", "missing", "late", "overdue", "replaced"]
-TaskKind = Literal["inspect", "train", "evaluate"]
+TaskKind = Literal["inspect", "train", "evaluate"] | Phase
 
 _MOVES: dict[JobState, tuple[JobState, ...]] = {
     "queued": ("failed", "aborted"),
@@ -121,11 +123,11 @@ class TaskRow:
         job: the job's id.
         course: the job's name, or that of one of its baselines.
         round: the round's number; 0 for ``inspect``.
-        kind: inspect, train or evaluate.
+        kind: inspect, train or evaluate, or a phase of secure aggregation.
         site: who was asked.
-        plan: the manifest of the plan; empty for ``inspect``.
+        plan: the manifest of the plan, or of the message; empty for ``inspect``.
         state: where it stands.
-        answer: what the site said beside its update, as JSON.
+        answer: what the site said beside its update, as JSON; to a message of secure aggregation, its bytes.
         update: under which key the update is kept; empty where there is none.
         claimed: the round that uses this overdue update, if one does.
         opened_s: when it was first asked for, in seconds since the epoch.
@@ -474,12 +476,25 @@ class Store:
     # Tasks
 
     def open_tasks(
-        self, job: str, course: str, round: int, kind: TaskKind, plan: str, sites: Sequence[str]
+        self,
+        job: str,
+        course: str,
+        round: int,
+        kind: TaskKind,
+        plan: str | Mapping[str, str],
+        sites: Sequence[str],
+        renewing: Literal["train", "evaluate"] | None = None,
     ) -> dict[str, TaskRow]:
         """Ask ``sites`` for something, and return a task for each.
 
         A site that was asked before with the same plan keeps its task and its answer; with another plan it gets a
         new task. That of a site that has left the job is closed, with the answer it left with.
+
+        Args:
+            job, course, round, kind: see :class:`TaskRow`.
+            plan: the plan, or each site's.
+            sites: who is asked.
+            renewing: a kind of tasks of the same round whose answers are worth nothing once there is a new task here.
 
         Raises:
             JobError: there is no such job.
@@ -491,24 +506,30 @@ class Store:
             _job(connection, job)
             stored = {row.site: row for row in connection.execute(sa.select(tasks).where(asked))}
             known = [stored[site] for site in sites if site in stored]
-            replaced = [row.number for row in known if row.plan != plan]
+            plans = dict.fromkeys(sites, plan) if isinstance(plan, str) else plan
+            replaced = [row.number for row in known if row.plan != plans[row.site]]
             connection.execute(tasks.update().where(tasks.c.number.in_(replaced)).values(state="replaced"))
-            common = {"job": job, "course": course, "round": round, "kind": kind, "plan": plan, "opened_s": time.time()}
+            common = {"job": job, "course": course, "round": round, "kind": kind, "opened_s": time.time()}
             left = _leavers(connection, job)
             fresh = [
                 {
                     **common,
                     "task": secrets.token_hex(8),
                     "site": site,
+                    "plan": plans[site],
                     "state": "missing" if site in left else "open",
                     "answer": left.get(site, b""),
                     "update": "",
                 }
                 for site in sites
-                if site not in stored or stored[site].plan != plan
+                if site not in stored or stored[site].plan != plans[site]
             ]
             if fresh:
                 connection.execute(tasks.insert(), fresh)
+            if fresh and renewing is not None:
+                theirs = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.round == round)
+                stale = theirs & (tasks.c.kind == renewing)
+                connection.execute(tasks.update().where(stale).values(state="replaced"))
             rows = {row.site: _task(row) for row in connection.execute(sa.select(tasks).where(asked))}
             return {site: rows[site] for site in sites}
 

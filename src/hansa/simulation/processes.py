@@ -59,7 +59,7 @@ from hansa.workers.messages import (
     Summarise,
     Work,
 )
-from hansa.workers.runner import Course, SecureSites, SimulatedLine, form_of, num_threads
+from hansa.workers.runner import SECURE, Course, SecureSites, SimulatedLine, form_of, num_threads
 
 _ATTEMPTS = 3
 _SETTLE_S = 0.05
@@ -91,7 +91,7 @@ class Processes:
             shares.visible_gpus() if gpus is None else gpus,
         )
         self.pool = Pool(job, directory, self._machine)
-        self.secure = SecureSites(directory)
+        self.secure = SecureSites(directory / SECURE, simulated=True)
         self.peers: Peers = LocalPeers(directory)
         self._files: Iterator[Path] = (self._exchange / f"{n}.hansa" for n in itertools.count())
         self._metrics: dict[frozenset[tuple[str, float]], dict[str, float]] = {}

@@ -436,7 +436,7 @@ class Agent:
         outcome = entry.outcome
         inline = upload = None
         path = entry.update
-        if path is not None and outcome.missing is None and outcome.inspected is None:
+        if path is not None and outcome == Outcome():
             if path.stat().st_size <= INLINE_BYTES:
                 inline = path.read_bytes()
             else:
@@ -446,7 +446,7 @@ class Agent:
         missing = outcome.missing
         if missing is not None:
             missing = Missing(missing.kind, without_paths(missing.reason, self._settings, self._directory))
-        await connection.call(Answer(job.id, given.task, inline, upload, missing, outcome.inspected))
+        await connection.call(Answer(job.id, given.task, inline, upload, missing, outcome.inspected, outcome.letter))
 
     # Reports
 

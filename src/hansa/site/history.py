@@ -2,6 +2,7 @@
 """What a site has answered for each signed job, kept for good, so that a server can't have it done over with others.
 
     work/history/DIGEST.jsonl     {"job", "created"}, then a line for each plan that was answered: {"step", "plan"}
+    work/history/DIGEST.secagg/   where the site stands in the job's secure aggregation, and what it has revealed
     work/history/horizon.json     when the newest job was signed that has been forgotten
 
 The digest is of what was signed, not of its ZIP file, and the file outlives the job: a job that leaves the agenda and
@@ -24,12 +25,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Collection
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
-import blake3
 import msgspec
 
 from hansa.bundle import Bundle
@@ -74,8 +75,7 @@ class History:
     """
 
     def __init__(self, folder: Path, bundle: Bundle, job: str) -> None:
-        signed = (bundle.signer.name, bundle.created, bundle.job.name, sorted(bundle.files.items()))
-        self._path = folder / f"{blake3.blake3(msgspec.json.encode(signed)).hexdigest()}.jsonl"
+        self._path = folder / f"{bundle.digest}.jsonl"
         self._answered: dict[str, str] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +111,11 @@ class History:
     def digest(self) -> str:
         """The digest of what was signed."""
         return self._path.stem
+
+    @property
+    def secagg(self) -> Path:
+        """The folder of the states of secure aggregation."""
+        return self._path.with_suffix(".secagg")
 
     def check(self, given: Assignment) -> None:
         """Raise PolicyError if the round was answered for another plan."""
@@ -174,6 +179,7 @@ def prune(folder: Path, jobs: Collection[str], now: datetime) -> None:
         horizon = max(gone[-1][0], _horizon(folder) or gone[-1][0])
         storage.write_atomic(folder / _HORIZON, msgspec.json.encode(_Horizon(horizon)))
         for _, path in gone:
+            shutil.rmtree(path.with_suffix(".secagg"), ignore_errors=True)
             path.unlink(missing_ok=True)
     except OSError as error:
         raise storage.full(folder, error) from error

@@ -20,6 +20,7 @@
 | the server changes its mind about what was signed | ``refused``: a job has one bundle |
 | another plan for a round that was answered; the signed job under another id | ``refused`` (`hansa.site.history`) |
 | the data's privacy budget does not allow the round | ``refused``, before it is trained (`hansa.site.budget`) |
+| a message of secure aggregation that the protocol refuses, or a job without it | ``refused``, with the reason |
 | no task comes for ``IDLE_S`` | the worker ends; the next task starts another |
 | another job brought the same files | they are taken from its bundle instead of fetched |
 | a power cut spoils a plan, which is not synced, or its disk does | checked by its digest, and fetched again |
@@ -40,11 +41,23 @@ from pathlib import Path
 
 from hansa import bundle as bundles
 from hansa.core import storage, wire
-from hansa.core.config import Job
-from hansa.core.values import Plan, Update
-from hansa.errors import ChecksumError, HansaError, PolicyError, SiteError, StorageError, WireError
+from hansa.core.config import Choice, Job
+from hansa.core.values import Plan, Task, Update
+from hansa.errors import (
+    AccessError,
+    ChecksumError,
+    HansaError,
+    PolicyError,
+    PrivacyError,
+    SiteError,
+    StorageError,
+    VersionError,
+    WireError,
+)
+from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
+from hansa.secagg.protocol import Terms, unpack
 from hansa.site import budget, policy
 from hansa.site.history import History
 from hansa.site.outbox import UPDATE, Outbox, Outcome
@@ -52,11 +65,12 @@ from hansa.site.settings import SiteSettings
 from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
 from hansa.transport.client import Connection
-from hansa.transport.messages import Assignment, Inspected, Missing
+from hansa.transport.messages import PHASES, Assignment, Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
 from hansa.workers import messages
 from hansa.workers.messages import Absent, Answered, DefectError, Inspect, Perform, Work
-from hansa.workers.runner import trace_name, trace_note
+from hansa.workers.runner import Course, terms_from, trace_name, trace_note
+from hansa.workers.secure import Sessions
 
 IDLE_S = 900.0
 """How long a worker is kept warm for the next task."""
@@ -67,6 +81,8 @@ MOST_BYTES = 1 << 40
 """The largest plan or bundle that is fetched where the site's policy has no ``max_model_bytes``: 1 TiB."""
 
 _SPARE_BYTES = 16 << 20
+_MASKED = 4
+"""How many times its plan a masked update is at most: 64 bits for each half-precision element."""
 
 _LOG = logging.getLogger("hansa.site")
 
@@ -112,7 +128,8 @@ class JoinedJob:
         self._last = time.monotonic()
         self._wanted: Counter[Path] = Counter()
         self._sound: set[Path] = set()  # plans that this process has checked
-        self._worker = WarmWorker(site, settings, directory)
+        self._exchanging = asyncio.Lock()
+        self._worker = WarmWorker(site, settings, directory, self._secagg)
 
     async def answer(self, connection: Connection, given: Assignment, told: Callable[[str], None]) -> Outcome:
         """Do what is assigned, its update going to the outbox's folder of the task; a failure of it is an outcome.
@@ -130,6 +147,8 @@ class JoinedJob:
             folder = self.outbox.begin(given.task)
             told("receiving")
             job = await self._join(connection, given)
+            if given.kind in PHASES:
+                return await self._exchange(connection, job, given)
             plan = None if given.kind == "inspect" else await self._receive(connection, given, job)
             told("waiting")
             async with self._turn:
@@ -214,6 +233,44 @@ class JoinedJob:
             raise PolicyError(f"The job's bundle was not accepted: {error.message}") from error
         return policy.localised(job, self._site, self._settings, self._kit.directory)
 
+    def _secagg(self) -> Path:
+        assert self._history is not None, "the job was joined"
+        return self._history.secagg
+
+    def _sessions(self) -> Sessions:
+        """Return this site's side of secure aggregation: its own identity, whatever the job or the server say."""
+        assert self._history is not None, "the job was joined"
+        identity = Identities(self._kit)
+        return Sessions(self._history.secagg, lambda _: identity, f"{self._history.digest}/")
+
+    async def _exchange(self, connection: Connection, job: Job, given: Assignment) -> Outcome:
+        """Answer a message of secure aggregation, as the agent, for the worker has no identity."""
+        if job.secure_aggregation is None:
+            raise PolicyError("The server begins secure aggregation, and the signed job has none.")
+        path = await self._received(connection, given)
+        letter = await whole(path.read_bytes)
+        task: Task = "evaluate"
+        if given.kind == "advertise":
+            task = policy.check_session(unpack(letter, Terms), job, given)
+        form = course_form(job, given.course, task, self._site)
+        course = Course(given.course, (), Choice.model_validate(form.strategy), (), terms_from(form.terms))
+        weighed = course.pieces()[0].weighed
+        answering = partial(
+            self._sessions().exchange,
+            given.course,
+            job.secure_aggregation,
+            None if course.terms is None else course.terms.section,
+            weighed,
+            self._site,
+            given.kind,  # type: ignore[arg-type]
+            letter,
+        )
+        try:
+            async with self._exchanging:
+                return Outcome(letter=await whole(answering))
+        except (PrivacyError, AccessError, VersionError) as error:
+            raise PolicyError(error.message) from error
+
     async def _receive(self, connection: Connection, given: Assignment, job: Job) -> tuple[Path, Plan]:
         """Return the plan's file and the plan; a large one's tensors stay in the file.
 
@@ -221,6 +278,17 @@ class JoinedJob:
             PolicyError: the plan is not what it was announced as, or may not be carried out.
             StorageError: the disk is full, or has damaged the plan; the next try fetches it again.
         """
+        path = await self._received(connection, given)
+        try:
+            plan = await whole(partial(wire.open_plan, path))
+        except WireError as error:
+            await self._check_disk(path, given)
+            raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
+        policy.check_plan(plan, job, given)
+        return path, plan
+
+    async def _received(self, connection: Connection, given: Assignment) -> Path:
+        """Return the file of a plan or message, as the server has sent it."""
         path = self._plan_path(given)
         if path not in self._sound or not path.exists():
             if not await whole(partial(_is_whole, path, given)):
@@ -230,13 +298,7 @@ class JoinedJob:
                 else:
                     await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
             self._sound.add(path)
-        try:
-            plan = await whole(partial(wire.open_plan, path))
-        except WireError as error:
-            await self._check_disk(path, given)
-            raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
-        policy.check_plan(plan, job, given)
-        return path, plan
+        return path
 
     async def _check_disk(self, path: Path, given: Assignment) -> None:
         """Raise StorageError if it was this disk that made a plan unreadable."""
@@ -290,7 +352,7 @@ class JoinedJob:
         form = course_form(job, given.course, given.kind, self._site)
         await whole(lambda: self._forget_plans(path))
         if given.kind != "train" or not await whole(partial(self._spares.take, out)):
-            _check_room(out.parent, path)
+            _check_room(out.parent, path, 1 if job.secure_aggregation is None else _MASKED)
         if given.kind == "train" and (self._account is not None or self._settings.privacy.require is not None):
             await self._charge(job, given)
 
@@ -322,7 +384,11 @@ class JoinedJob:
                 answer.seconds,
             )
             await whole(partial(wire.spool, empty, out))
-        await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
+        if job.secure_aggregation is None:
+            await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
+        else:
+            terms = await whole(lambda: self._sessions().terms(given.course, self._site))
+            await whole(lambda: policy.check_masked(out, plan, self._site, terms))
         if given.kind == "train" and self._account is not None:
             assert self._examples is not None, "it was charged"
             weight = (await whole(partial(wire.Spooled, out))).header.weight
@@ -397,9 +463,9 @@ def _shortened(reason: str) -> str:
     return reason if len(reason) <= REASON_LENGTH else f"... {reason[-REASON_LENGTH:]}"
 
 
-def _check_room(folder: Path, plan: Path) -> None:
-    """Raise StorageError if an update as large as the plan has no room: before a round is trained, not after."""
-    free, needed = shutil.disk_usage(folder).free, plan.stat().st_size + _SPARE_BYTES
+def _check_room(folder: Path, plan: Path, times: int) -> None:
+    """Raise StorageError if an update of ``times`` the plan has no room: before a round is trained, not after."""
+    free, needed = shutil.disk_usage(folder).free, times * plan.stat().st_size + _SPARE_BYTES
     if free < needed:
         raise StorageError(f"An update needs up to {needed:,} bytes in {folder}, and {free:,} are free.")
 

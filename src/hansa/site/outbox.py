@@ -25,10 +25,11 @@ ANSWER, UPDATE = "answer.msgpack", "update.hansa"
 
 
 class Outcome(msgspec.Struct):
-    """What became of a task: an update lies beside it, or one of the two."""
+    """What became of a task: an update lies beside it, or one of the three."""
 
     missing: Missing | None = None
     inspected: Inspected | None = None
+    letter: bytes | None = None
 
 
 @dataclass(frozen=True)

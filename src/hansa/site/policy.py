@@ -8,6 +8,9 @@ update before it leaves.
 | the data's name is not among the site's, or the job names paths | PolicyError that lists the names |
 | too many rounds or threads, too large a model, a filter missing or too weak | PolicyError |
 | a mechanism of privacy missing or too weak; data under a budget, and a job that goes around it | PolicyError |
+| no secure aggregation, or of fewer sites than the site's least; code of one's own under it, beside a bound to prove |
+PolicyError |
+| a session of secure aggregation for another round, or of other sites than the job's sampling draws | PolicyError |
 | the site's plug-in gives a reason, or fails | PolicyError with that reason: a site is closed when in doubt |
 | a plan of another job, round, task or seed than announced, or one that leads to other sites' mailboxes | PolicyError |
 | a plan of a round that the job does not have | PolicyError |
@@ -30,11 +33,14 @@ from hansa.bundle import Bundle, check_code, in_folder, localised_model
 from hansa.core import tree as trees
 from hansa.core import wire
 from hansa.core.config import Job
-from hansa.core.values import Header, Plan
+from hansa.core.values import Header, Plan, Task
 from hansa.errors import HansaError, PolicyError, nearest
+from hansa.secagg.protocol import Terms
 from hansa.site.settings import DataPaths, Policy, SiteSettings
 from hansa.transport.messages import Assignment
 from hansa.workers.runner import num_threads
+from hansa.workers.secure import MASKED, VECTOR
+from hansa.workflows.scatter_gather import sample
 
 PLACE = "site"
 
@@ -72,6 +78,7 @@ def decide(bundle: Bundle, site: str, settings: SiteSettings) -> None:
         )
     _require_filters(job, policy)
     _require_privacy(job, settings)
+    _require_masks(bundle, settings)
     if policy.plugin is not None:
         _ask_plugin(policy.plugin, bundle)
 
@@ -119,6 +126,72 @@ def _require_privacy(job: Job, settings: SiteSettings) -> None:
         raise PolicyError("baselines.local sends what no noise hides. Set baselines.local = false.")
 
 
+def _require_masks(bundle: Bundle, settings: SiteSettings) -> None:
+    job, least = bundle.job, settings.privacy.summed_with
+    masks = job.secure_aggregation
+    if least is not None and (masks is None or masks.minimum < least):
+        shown = "no [secure_aggregation]" if masks is None else f"secure_aggregation.minimum = {masks.minimum}"
+        raise PolicyError(f"The job has {shown}; this site's updates are summed with others, at least {least} in all.")
+    if masks is None:
+        return
+    if job.strategy.name not in registry.TABLES["strategies"]:
+        raise PolicyError(
+            f"What {job.strategy.name!r} sums is known to its own code only, so this site can't hold the server to the "
+            "terms of secure aggregation. Use a strategy of Hansa's."
+        )
+    proved = sorted(settings.policy.require_filters.keys() & _PROOFS.keys())
+    if proved and bundle.code:
+        raise PolicyError(
+            f"This site requires the filter {proved[0]!r}; a masked update does not show that it was applied, and the "
+            "job brings code of its own that could go around it. Leave the code or [secure_aggregation] out."
+        )
+    budget = settings.privacy.budgets.get(trained_on(job) or "")
+    if budget is not None and job.privacy is not None and job.privacy.mechanism == "dp-sgd":
+        raise PolicyError(
+            "The data's privacy budget is held against the examples that an update was made from, and under masks "
+            "their number does not show. Use privacy.mechanism 'local' or 'central', or no [secure_aggregation]."
+        )
+
+
+def check_session(proposed: Terms, job: Job, given: Assignment) -> Task:
+    """Check a session that a server begins, beside what its terms are held to, and return what it is to be for.
+
+    Where the signed job names its sites and draws them for all to see, the server has no say in whom to ask.
+
+    Raises:
+        PolicyError: it is of another round, or of others than those sites.
+    """
+    number, judged = divmod(proposed.round, 2)
+    if number != given.round or number not in _rounds(job, given.course):
+        raise PolicyError(
+            f"The server announced round {given.round} of {given.course!r}, and begins session {proposed.round} of "
+            "secure aggregation, which is another's."
+        )
+    signed, drawn = job.cohort.sites, job.privacy is None
+    if signed is not None and (judged or drawn):
+        asked = tuple(sorted(signed)) if judged else sample(sorted(signed), job.cohort.sample, job.seed, number)
+        if proposed.sites != asked:
+            raise PolicyError(
+                f"The server asks {', '.join(proposed.sites)[:200]} for a sum; the signed job has it ask "
+                f"{', '.join(asked)[:200]}."
+            )
+    return "evaluate" if judged else "train"
+
+
+def check_masked(path: Path, plan: Plan, site: str, terms: Terms | None) -> None:
+    """Raise PolicyError unless a finished update is one masked vector of the session, and nothing else stands in it.
+
+    Bounds on norms can't be read from it: :func:`decide` has seen to it that only Hansa's own code was to keep them.
+    """
+    header = wire.Spooled(path).header
+    ring = None if terms is None else terms.encoding
+    layout = None if ring is None else {MASKED: {VECTOR: trees.Spec(ring.dtype.name, (ring.size,))}}
+    said = (header.site, header.round, header.version, header.weight, header.sums, header.logged, header.layout)
+    room = header.num_bytes + header.num_bytes // 1000 + (1 << 16)
+    if said != (site, plan.round, plan.version, 1.0, {}, {}, layout) or path.stat().st_size > room:
+        raise PolicyError("The training code made something else than a masked update. It was not sent.")
+
+
 _HIDES: Mapping[str, frozenset[str]] = {
     "example": frozenset({"central", "local", "dp-sgd", "dp-ftrl"}),
     "user": frozenset({"central", "local", "dp-ftrl"}),
@@ -161,13 +234,16 @@ def check_plan(plan: Plan, job: Job, given: Assignment) -> None:
         )
     if plan.seed != job.seed:
         raise PolicyError(f"The plan has the seed {plan.seed}; the job was signed with {job.seed}.")
-    rounds = range(1) if plan.job == "base" != job.name else range(1, job.rounds + 1)
-    if plan.round not in rounds:
+    if plan.round not in _rounds(job, plan.job):
         raise PolicyError(
             f"The plan is of round {plan.round} of {plan.job[:100]!r}; the job was signed with {job.rounds} rounds."
         )
     if plan.inbox is not None or plan.outbox is not None:
         raise PolicyError("The plan hands the model from site to site; this site's worker knows no other site.")
+
+
+def _rounds(job: Job, course: str) -> range:
+    return range(1) if course == "base" != job.name else range(1, job.rounds + 1)
 
 
 def check_update(path: Path, plan: Plan, job: Job, site: str, policy: Policy) -> None:

@@ -82,6 +82,11 @@ class PrivacyRules(Section):
     require: list[Literal["central", "local", "dp-sgd", "dp-ftrl"]] | None = Field(
         None, description="Train only in jobs with one of these mechanisms of [privacy]; any job if left out."
     )
+    summed_with: Annotated[int, Field(ge=3)] | None = Field(
+        None,
+        description="Train only under secure aggregation, in sums of at least so many sites, this one among them; any "
+        "job if left out.",
+    )
     budgets: dict[Name, Budget] = Field(
         default_factory=dict,
         description="What all jobs together may learn of a data set; every round is charged before it is trained.",
@@ -161,6 +166,7 @@ def commented() -> str:
 
 
 _EXAMPLES = {
+    "summed_with": 5,
     "require": ["dp-sgd", "local"],
     "proxy": "http://proxy.example.org:3128",
     "recipes": ["sequence-classification", "causal-lm"],

@@ -92,7 +92,7 @@ async def attempt(directory: Path, source: Path | None, bundle: Bundle) -> Trial
         job = policy.localised(job, site, settings, directory)
         job = job.model_copy(update={"train": job.train.model_copy(update={"steps": 1, "epochs": None})})
         (place / "work").mkdir()
-        worker = WarmWorker(site, settings, place)
+        worker = WarmWorker(site, settings, place, lambda: place / SECURE)
         try:
             return await _tried(worker, job, site, settings, bundle.signer.name, place)
         finally:

@@ -45,12 +45,14 @@ class WarmWorker:
         site: this site's name.
         settings: what training may use.
         directory: the job's folder here; the worker keeps what it remembers in ``work``, and its output goes there.
+        secagg: where the agent keeps the states of secure aggregation, of which the worker needs the masks' keys.
     """
 
-    def __init__(self, site: str, settings: SiteSettings, directory: Path) -> None:
+    def __init__(self, site: str, settings: SiteSettings, directory: Path, secagg: Callable[[], Path]) -> None:
         self._site = site
         self._settings = settings
         self._directory = directory
+        self._secagg = secagg
         self._closed = False
         self._worker: Worker | None = None
         self.traits: frozenset[Trait] = frozenset()
@@ -118,7 +120,12 @@ class WarmWorker:
             raise StorageError(f"A worker can't be started: {error.strerror}. Free some space or memory.") from error
         self._worker = worker
         ready = asyncio.Event()
-        start = Start(job.to_json(), str((self._directory / "work").absolute()), resources.max_memory_bytes)
+        start = Start(
+            job.to_json(),
+            str((self._directory / "work").absolute()),
+            resources.max_memory_bytes,
+            str(self._secagg().absolute()),
+        )
 
         def serves(told: Ready) -> None:
             self.traits = frozenset(Trait[name] for name in told.traits)

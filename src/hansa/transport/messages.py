@@ -13,9 +13,11 @@ All calls are idempotent: sent again after a broken connection, they change noth
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import msgspec
+
+from hansa.core.ports import Phase
 
 PROTOCOL = 1
 """Both ends must speak the same; a release that changes a message's meaning raises it."""
@@ -27,6 +29,9 @@ INLINE_BYTES = (1 << 20) + (1 << 16)
 
 MAX_RANGES = 1 << 14
 """How many ranges of pieces one Get names; a client asks again for what lies beyond."""
+
+PHASES: frozenset[str] = frozenset(get_args(Phase))
+"""The kinds of tasks that are messages of secure aggregation."""
 
 MAX_ACTIVITIES = 1024
 """How many tasks one Report tells of."""
@@ -87,17 +92,18 @@ class Assignment(Message):
         task: its name, unique for the site.
         job: the job's id at the server.
         bundle: the manifest of the job's signed bundle.
-        kind: ``inspect`` is to check the job against site policy and data; the others carry a plan out.
+        kind: ``inspect`` is to check the job against site policy and data; ``train`` and ``evaluate`` carry a plan out;
+            one of ``PHASES`` answers a message of secure aggregation.
         course: the job's name, or that of one of its baselines.
         round: the round's number (0 for ``inspect``).
-        plan: the manifest of the plan's file; empty for ``inspect``.
-        inline: the plan's file itself where it is small.
+        plan: the manifest of the file with the plan, or with the message; empty for ``inspect``.
+        inline: that file itself where it is small.
     """
 
     task: Label
     job: Label
     bundle: Digest
-    kind: Literal["inspect", "train", "evaluate"]
+    kind: Literal["inspect", "train", "evaluate"] | Phase
     course: Label
     round: Count
     plan: str
@@ -166,6 +172,7 @@ class Answer(Message):
         upload: the manifest of the update's file, which was uploaded before.
         missing: there is no update.
         inspected: the answer to ``inspect``.
+        letter: the answer to a message of secure aggregation.
     """
 
     reply: ClassVar[type[Message]] = Done
@@ -175,6 +182,7 @@ class Answer(Message):
     upload: Digest | None = None
     missing: Missing | None = None
     inspected: Inspected | None = None
+    letter: Annotated[bytes, msgspec.Meta(max_length=INLINE_BYTES)] | None = None
 
 
 class RosterText(Message):

@@ -22,11 +22,18 @@ from hansa.errors import HansaError
 
 
 class Start(msgspec.Struct, tag=True):
-    """Build the program of ``job`` (JSON); ``directory`` is the run's folder; ``memory_bytes`` is all it may take."""
+    """Build the program of ``job`` (JSON).
+
+    Attributes:
+        directory: the run's folder.
+        memory_bytes: all that it may take.
+        secure: where a deployed site's agent keeps the states of secure aggregation; None where sites are simulated.
+    """
 
     job: str
     directory: str
     memory_bytes: int | None = None
+    secure: str | None = None
 
 
 class TermsForm(msgspec.Struct):

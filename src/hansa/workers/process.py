@@ -85,10 +85,15 @@ class _Line:
 class _Worker:
     """The program, and how each request is answered."""
 
-    def __init__(self, program: Program, directory: Path, *, bounded: bool) -> None:
+    def __init__(self, program: Program, start: Start) -> None:
         self.program = program
-        self._bounded = bounded
-        self._runner = SiteRunner(program, directory, fatal=(StorageError, *([MemoryError] if bounded else [])))
+        self._bounded = start.memory_bytes is not None
+        self._runner = SiteRunner(
+            program,
+            Path(start.directory),
+            fatal=(StorageError, *([MemoryError] if self._bounded else [])),
+            secure=None if start.secure is None else Path(start.secure),
+        )
         self._plan: tuple[str, Plan] | None = None
 
     def answer(self, request: Work | Summarise) -> Answer:
@@ -218,7 +223,7 @@ def main(descriptor: int) -> None:
     try:
         if start.memory_bytes is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (start.memory_bytes, start.memory_bytes))
-        worker = _build(parse(json.loads(start.job)), Path(start.directory), bounded=start.memory_bytes is not None)
+        worker = _build(parse(json.loads(start.job)), start)
         program = worker.program
         ready = Ready(sorted(program.sites), [trait.name for trait in program.traits])
     except Exception as error:  # the engine raises it where the user sees it
@@ -235,7 +240,7 @@ def main(descriptor: int) -> None:
         sys.stdout.flush()
 
 
-def _build(job: Job, directory: Path, *, bounded: bool) -> _Worker:
+def _build(job: Job, start: Start) -> _Worker:
     program: Program = registry.load("recipes", job.recipe.name)(job)
     pin_threads(job.engine.threads)
-    return _Worker(program, directory, bounded=bounded)
+    return _Worker(program, start)

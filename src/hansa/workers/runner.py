@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +81,23 @@ def terms_from(form: TermsForm | None) -> Terms | None:
     return None if form is None else Terms(PrivacySection.model_validate(form.section), form.rounds, form.rate)
 
 
+SECURE = "secagg"
+"""The folder, in that of a simulation, in which its sites keep what secure aggregation needs."""
+
+
 class SecureSites:
-    """The sites' sides of secure aggregation, in a simulation's folder.
+    """The sites' sides of secure aggregation, as far as they are played here.
 
     What it does needs the extra that has ``cryptography``, and is loaded when it is first used.
 
     Args:
-        directory: the engine's folder.
+        directory: where their states are.
+        simulated: whether the sites are simulated here, identities and all; a deployed site's agent has its own.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory / "secagg"
+    def __init__(self, directory: Path, *, simulated: bool) -> None:
+        self._directory = directory
+        self._simulated = simulated
 
     def exchange(self, course: Course, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Answer messages, site by site; what goes wrong at one is its absence."""
@@ -123,12 +128,15 @@ class SecureSites:
     @property
     def checker(self) -> Any:
         """What tells the sites' signatures."""
-        return registry.load_object("hansa.workers.secure:Simulated")(self._directory, SERVER)
+        return self._identity(SERVER)
+
+    def _identity(self, site: str) -> Any:
+        if self._simulated:
+            return registry.load_object("hansa.workers.secure:Simulated")(self._directory, site)
+        return registry.load_object("hansa.workers.secure:Stored")()
 
     def _sessions(self) -> Any:
-        made = registry.load_object("hansa.workers.secure:Sessions")
-        identity = registry.load_object("hansa.workers.secure:Simulated")
-        return made(self._directory, partial(identity, self._directory))
+        return registry.load_object("hansa.workers.secure:Sessions")(self._directory, self._identity)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,12 @@ class SimulatedLine:
         """Whose signatures count."""
         return self.sites.checker
 
-    async def exchange(self, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
+    @property
+    def scope(self) -> str:
+        """Nothing: a folder has one job."""
+        return ""
+
+    async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Answer messages, site by site."""
         return await asyncio.to_thread(self.sites.exchange, self.course, phase, letters)
 
@@ -155,15 +168,23 @@ class SiteRunner:
         program: the job's training code.
         directory: for what sites remember, their mail, and tracebacks.
         fatal: errors that are raised; all others are a site's own, and make it absent.
+        secure: where a deployed site's agent keeps the states of secure aggregation; None where sites are simulated.
     """
 
-    def __init__(self, program: Program, directory: Path, *, fatal: tuple[type[Exception], ...] = ()) -> None:
+    def __init__(
+        self,
+        program: Program,
+        directory: Path,
+        *,
+        fatal: tuple[type[Exception], ...] = (),
+        secure: Path | None = None,
+    ) -> None:
         self.program = program
         self._fatal = fatal
         self._memory = MemoryStore(directory / "memory")
         self._mail = Mailboxes(directory / "mail")
         self._errors = directory / "errors"
-        self.secure = SecureSites(directory)
+        self.secure = SecureSites(secure or directory / SECURE, simulated=secure is None)
         self._pieces: dict[str, tuple[Course, Strategy, list[Filter]]] = {}
 
     def run(self, course: Course, plan: Plan, site: str) -> Update | Absence:

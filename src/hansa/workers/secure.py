@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A site's side of secure aggregation: the messages of a session, and updates that leave masked.
 
-State is a file for each course and site, so any process of a site may go on where another stopped.
+State is a file for each course and site, so any process of a site may go on where another stopped: a deployed site's
+agent answers the messages, and its worker, which knows no identity, masks the update.
 
 | case | result |
 |---|---|
@@ -9,10 +10,12 @@ State is a file for each course and site, so any process of a site may go on whe
 | a plan of a round for which no session was set up | PrivacyError: an update never leaves unmasked |
 | an update or a metric outside its range | PrivacyError that names it |
 | killed at any instant | the same messages again, or a new attempt with other keys |
+| another process of the site changed the state meanwhile | PrivacyError; what it wrote stays |
 """
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +53,13 @@ class Sessions:
     Args:
         directory: where states are kept; readable by its owner alone.
         signer: a site's identity.
+        scope: as of :class:`~hansa.core.ports.SecureLine`.
     """
 
-    def __init__(self, directory: Path, signer: Callable[[str], Signer]) -> None:
+    def __init__(self, directory: Path, signer: Callable[[str], Signer], scope: str = "") -> None:
         self._directory = directory
         self._signer = signer
+        self._scope = scope
 
     def exchange(
         self,
@@ -73,7 +78,7 @@ class Sessions:
         """
         if phase == "advertise":
             proposed = protocol.unpack(letter, protocol.Terms)
-            agreement.check(proposed, section, private, course, weighed)
+            agreement.check(proposed, section, private, self._scope + course, weighed)
             return self._open(course, site, letter).advertise()
         session = self._open(course, site)
         match phase:
@@ -86,7 +91,8 @@ class Sessions:
             case "reveal":
                 return session.reveal(letter)
             case "finish":
-                session.finish()
+                if self.terms(course, site) == protocol.unpack(letter, protocol.Terms):  # or it is over already
+                    session.finish()
         return b""
 
     def masked(self, course: str, update: Update, task: Task, metrics: Mapping[str, float]) -> Update:
@@ -95,7 +101,7 @@ class Sessions:
         Raises:
             PrivacyError: no session was set up for it, a value is outside its range, or a metric is missing.
         """
-        terms = self._terms(course, update.site)
+        terms = self.terms(course, update.site)
         if terms is None or terms.round != agreement.number_of(update.round, task):
             raise PrivacyError(
                 f"The job has its updates masked, and no session was set up to {task} in round {update.round}. Nothing "
@@ -124,12 +130,20 @@ class Sessions:
         state = held.state if held is not None else None
 
         def store(new: bytes) -> None:
+            nonlocal held
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            storage.write_atomic(path, msgspec.msgpack.encode(Kept(terms, new)))
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if _read(path) != held:
+                    raise PrivacyError("Another session has begun at this site meanwhile.", site=site, job=course)
+                kept = Kept(terms, new)
+                storage.write_atomic(path, msgspec.msgpack.encode(kept))
+                held = kept
 
         return Site(protocol.unpack(terms, protocol.Terms), site, self._signer(site), store, state)
 
-    def _terms(self, course: str, site: str) -> protocol.Terms | None:
+    def terms(self, course: str, site: str) -> protocol.Terms | None:
+        """Return the terms of a site's last session, or None if it had none."""
         held = _read(self._directory / course / f"{site}.state")
         return None if held is None else protocol.unpack(held.terms, protocol.Terms)
 
@@ -141,6 +155,27 @@ def _read(path: Path) -> Kept | None:
         return None
     except (OSError, msgspec.MsgspecError) as error:
         raise HansaError(f"The state of secure aggregation in {path} can't be read: {error}.") from error
+
+
+class Stored:
+    """No identity (a :class:`~hansa.secagg.protocol.Signer`), for a process that only masks: the agent has checked the
+    roll before it was stored, and nothing else is to be checked or signed here."""
+
+    def credential(self) -> bytes:
+        """Refuse."""
+        raise self._refusal()
+
+    def sign(self, data: bytes) -> bytes:
+        """Refuse."""
+        raise self._refusal()
+
+    def check(self, site: str, credential: bytes, data: bytes, signature: bytes) -> None:
+        """Refuse."""
+        raise self._refusal()
+
+    @staticmethod
+    def _refusal() -> AccessError:
+        return AccessError("This process has no identity: it masks updates, and answers no message.")
 
 
 class Simulated:

@@ -11,6 +11,7 @@ masked sum, which is on the disk before anybody is asked to unmask it.
 |---|---|
 | killed before the survivors are fixed | another attempt, with other keys; nothing was revealed |
 | killed later | the same session goes on with the sum on the disk; nobody trains again |
+| killed while the round's model is evaluated | the round's sum is unmasked again from the disk; nobody is asked |
 | a masked vector that is malformed | its site is rejected, nothing of it is added |
 | fewer sites than the job's minimum in any phase | QuorumError; no sum is shown |
 """
@@ -127,13 +128,13 @@ class _Session:
             raise FitError("Secure aggregation has no way to the sites here.", job=plan.job)
         self._line, self._cohort = cohort.secure, cohort
         self._plan, self._expected = plan, expected
-        self._path = scratch / f"secure.{plan.job}.state"
-        self._sum_path = scratch / f"secure.{plan.job}.sum"
+        self._path = scratch / f"secure.{plan.job}.{plan.task}.state"
+        self._sum_path = scratch / f"secure.{plan.job}.{plan.task}.sum"
         self._held = _read(self._path)
         shapes = {part: {name: spec.shape for name, spec in layout.items()} for part, layout in expected.items()}
 
         def terms(attempt: int) -> Any:
-            return terms_of(section, private, plan.job, number, attempt, asked, shapes, weighed)
+            return terms_of(section, private, self._line.scope + plan.job, number, attempt, asked, shapes, weighed)
 
         self.terms = terms(1)
         held = None if self._held is None else unpack(self._held.terms, terms_type)
@@ -186,12 +187,13 @@ class _Session:
             del total
             machine.close_uploads()
         survivors = machine.survivors
-        await self._round("vote", dict.fromkeys(survivors, machine.close_uploads()), machine.add_vote)
-        votes = machine.close_votes()
-        await self._round("reveal", dict.fromkeys(survivors, votes), machine.add_reveal)
+        if not machine.complete:
+            await self._round("vote", dict.fromkeys(survivors, machine.close_uploads()), machine.add_vote)
+            votes = machine.close_votes()
+            await self._round("reveal", dict.fromkeys(survivors, votes), machine.add_reveal)
         unmasked = self._unmasked(machine.close_reveals())
         found = self._sum(unmasked, survivors, seconds, num_bytes)
-        await self._line.exchange("finish", dict.fromkeys(survivors, b""))
+        await self._line.exchange(self._plan, "finish", dict.fromkeys(survivors, self._letter))
         return found
 
     @property
@@ -204,7 +206,7 @@ class _Session:
 
     async def _round(self, phase: Phase, letters: Mapping[str, bytes], take: Any) -> None:
         """Send every site its message, and take the answers; who fails is absent from here on."""
-        for site, answer in (await self._line.exchange(phase, letters)).items():
+        for site, answer in (await self._line.exchange(self._plan, phase, letters)).items():
             if isinstance(answer, Absence):
                 self._leave(answer)
             elif take is not None:
