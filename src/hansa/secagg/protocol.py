@@ -281,8 +281,8 @@ def unpack_state(data: bytes, kind: type[M]) -> M:
     body = data[32:]
     if hashlib.sha256(body).digest() != data[:32]:
         raise ChecksumError(
-            "A stored state of secure aggregation is damaged. Delete it once this round is over, not before: it said what "
-            "had been revealed."
+            "A stored state of secure aggregation is damaged. Delete it once this round is over, not before: it said "
+            "what had been revealed."
         )
     found = _decoded(body, _Format).format
     if found != FORMAT:
