@@ -91,6 +91,19 @@ def test_a_site_that_copies_anothers_keys_is_refused(lab: Federation) -> None:
         lab.site(ME).share(p.pack(roll))
 
 
+def test_keys_of_an_earlier_session_are_refused_also_under_another_name(lab: Federation) -> None:
+    """The server replays them in a new attempt: as they were, or said to be of this one."""
+    earlier = Federation(terms_for(5, attempt=2), signers=lab.signers).site(PEER).advertise()
+    roll = p.unpack(up_to(lab, "share", {}), p.Roll)
+    for advert, error, says in (
+        (p.unpack(earlier, p.Advert), WireError, "an advert is of another session"),
+        (p.unpack(changed(earlier, p.Advert, session=lab.terms.digest()), p.Advert), AccessError, "were not signed"),
+    ):
+        replayed = msgspec.structs.replace(roll, adverts=(roll.adverts[0], advert, *roll.adverts[2:]))
+        with pytest.raises(error, match=f"site {PEER}, round 1: .*{says}"):
+            lab.site(ME).share(p.pack(replayed))
+
+
 @pytest.mark.parametrize("key", ["channel", "mask"])
 def test_a_key_of_low_order_is_refused_by_the_server_and_by_those_who_would_agree(lab: Federation, key: str) -> None:
     roll = p.unpack(up_to(lab, "share", {}), p.Roll)
