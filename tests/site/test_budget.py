@@ -26,6 +26,7 @@ from hansa.pki.identity import Role
 from hansa.pki.kit import Kit
 from hansa.privacy.accounting import Release, epsilon
 from hansa.privacy.ledger import Books, Budget, Charge
+from hansa.runs import carrier
 from hansa.site import budget, policy
 from hansa.site.settings import SiteSettings, load
 from members import Members, members
@@ -104,8 +105,10 @@ def test_pieces_of_ones_own_are_not_trusted_with_a_budget(everybody):
     rules = {"budgets": {"notes": {"epsilon": 3.0, "delta": DELTA}}}
     trusting = settings(rules, policy={"modules": ["ours:strategy"]})
     own = Bundle(job(strategy={"name": "ours:strategy"}), everybody.lead.identity, {}, datetime.now(UTC))
-    with pytest.raises(PolicyError, match="'ours:strategy' may not be among its strategies"):
-        policy.decide(own, "s0", trusting)
+    required = settings({"require": ["local"]}, policy={"modules": ["ours:strategy"]})
+    for site in (trusting, required):
+        with pytest.raises(PolicyError, match="'ours:strategy' may not be among its strategies"):
+            policy.decide(own, "s0", site)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_what_a_round_is_charged(everybody, tmp_path, privacy, unit, release):
     asked = job(privacy, train={"batch_size": 40, "epochs": 0.25}, rounds=30)
     open_account = account(everybody, tmp_path)
     for task, round in (("t1", 1), ("t1", 1), ("t2", 2)):
-        open_account.charge(asked, BOUNDS, 4000, task, round)
+        open_account.charge(asked, 4000, task, round)
     found = books(everybody, tmp_path).entries
     rounds = 1 if privacy is DP_FTRL else 2
     assert [(entry.unit, entry.release) for entry in found] == [(unit, release)] * rounds
@@ -166,34 +169,40 @@ def test_what_a_round_is_charged(everybody, tmp_path, privacy, unit, release):
 def test_an_update_of_other_examples_does_not_leave(everybody, tmp_path):
     asked = job(DP_SGD, train={"batch_size": 40, "steps": 5})
     open_account = account(everybody, tmp_path)
-    open_account.charge(asked, BOUNDS, 4000, "t1", 1)
+    open_account.charge(asked, 4000, "t1", 1)
     with pytest.raises(PolicyError, match="made from 2000 examples, and 4000 were charged"):
         open_account.sent(asked, "t1", 2000 / 1024, 4000)
     open_account.sent(asked, "t1", 4000 / 1024, 4000)
-    open_account.charge(asked, BOUNDS, 4000, "t1", 1)
+    open_account.charge(asked, 4000, "t1", 1)
     assert len(books(everybody, tmp_path).entries) == 2
 
 
 @pytest.mark.parametrize(
-    ("asked", "traits", "examples", "reason"),
+    ("asked", "examples", "reason"),
     [
-        (job(DP_SGD), frozenset({Trait.STEPWISE}), 4000, "does not keep the privacy"),
-        (job(DP_SGD, train={"clip_grad": 1.0}), BOUNDS, 4000, "does not keep the privacy"),
-        (job(DP_SGD), BOUNDS, 0, "no examples"),
-        (job({**LOCAL, "noise_multiplier": 0.1}), BOUNDS, 4000, "budget of 'notes' does not allow this round"),
+        (job(DP_SGD), 0, "no examples"),
+        (job({**LOCAL, "noise_multiplier": 0.1}), 4000, "budget of 'notes' does not allow this round"),
+        (job({**LOCAL, "noise_multiplier": None, "epsilon": 1e-9, "delta": 1e-12}), 4000, "No noise multiplier"),
     ],
 )
-def test_nothing_is_charged_for_what_is_refused(everybody, tmp_path, asked, traits, examples, reason):
+def test_nothing_is_charged_for_what_is_refused(everybody, tmp_path, asked, examples, reason):
     with pytest.raises(PolicyError, match=reason):
-        account(everybody, tmp_path).charge(asked, traits, examples, "t1", 1)
+        account(everybody, tmp_path).charge(asked, examples, "t1", 1)
     assert books(everybody, tmp_path).entries == []
+
+
+def test_the_site_checks_what_the_server_should_have_checked():
+    budget.check_promise(job(DP_SGD), BOUNDS)
+    for asked, traits in ((job(DP_SGD), {Trait.STEPWISE}), (job(DP_SGD, train={"clip_grad": 1.0}), BOUNDS)):
+        with pytest.raises(PolicyError, match="does not keep the privacy that it promises"):
+            budget.check_promise(asked, traits)
 
 
 def test_the_ledger_is_signed_by_the_site(everybody, tmp_path):
     """Renewals and new keys are taken; another member's signature, or one that was revoked, is not."""
     authority = everybody.authority
     kit = authority.issue(tmp_path / "kit", Role.SITE, "renewed")
-    account(everybody, tmp_path / "own").charge(job(), BOUNDS, 4000, "t1", 1)
+    account(everybody, tmp_path / "own").charge(job(), 4000, "t1", 1)
     for stranger in (everybody.lead, kit):
         stranger.update_roster(authority.roster.data)
         with pytest.raises(StorageError, match=r"notes\.head, was changed"):
@@ -339,6 +348,19 @@ async def test_dp_sgd_is_charged_by_the_examples_that_it_trains_on(tmp_path):
             (1, "example", Release(4.0, 0.1, 10)),
             (2, "example", Release(4.0, 0.1, 10)),
         ]
+
+
+async def test_a_required_mechanism_that_the_training_code_does_not_have(tmp_path, monkeypatch):
+    """The server takes the job, and the site finds that its program knows nothing of dp-sgd."""
+    monkeypatch.setattr(carrier, "check", lambda *args: None)
+    async with loopback(tmp_path) as lab:
+        lab.write("s0", "[privacy]\nrequire = ['dp-sgd']\n")
+        await lab.start("s0")
+        asked = deployed(tmp_path, rounds=1).model_dump(mode="json")
+        view = await lab.run(config.parse({**asked, "data": None, "privacy": DP_SGD}))
+        assert view.line.state == "failed"
+        assert "does not keep the privacy that it promises" in view.line.error
+        assert trained(tmp_path) == Counter()
 
 
 # hansa site budget

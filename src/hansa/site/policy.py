@@ -111,11 +111,13 @@ def _require_privacy(job: Job, settings: SiteSettings) -> None:
                 f"The job has {shown}, and {data!r} has a privacy budget for one {budget.unit} against the "
                 f"{budget.adversary}. Use one of: {', '.join(sorted(enough))}."
             )
-        own = {"strategies": [job.strategy.name], "filters": [item.name for item in job.filters]}
-        for family, names in {**own, "workflows": [job.workflow.name]}.items():
-            if strange := [name for name in names if name not in registry.TABLES[family]]:
-                raise PolicyError(f"{data!r} has a privacy budget, so {strange[0]!r} may not be among its {family}.")
-    if job.baselines.local and (budget is not None or rules.require is not None):
+    if budget is None and rules.require is None:
+        return
+    own = {"strategies": [job.strategy.name], "filters": [item.name for item in job.filters]}
+    for family, names in {**own, "workflows": [job.workflow.name]}.items():
+        if strange := [name for name in names if name not in registry.TABLES[family]]:
+            raise PolicyError(f"This site checks what a job promises, so {strange[0]!r} may not be among its {family}.")
+    if job.baselines.local:
         raise PolicyError("baselines.local sends what no noise hides. Set baselines.local = false.")
 
 
