@@ -271,9 +271,16 @@ async def test_a_job_without_privacy_is_refused_before_anything_runs(tmp_path):
 
 
 @contextlib.contextmanager
-def agent(folder: Path):
+def agent(folder: Path, prelude: str = ""):
     """Run a site's agent as a process of its own, which is killed at the end."""
-    command = [sys.executable, "-c", "from hansa.cli.main import main; main()", "site", "start", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        f"{prelude}\nfrom hansa.cli.main import main; main()",
+        "site",
+        "start",
+        str(folder),
+    ]
     with (
         tempfile.TemporaryFile() as output,
         subprocess.Popen(command, env=environment(), stdout=output, stderr=output) as process,
@@ -290,7 +297,38 @@ async def until(true) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_kill_between_charge_and_training_charges_once(tmp_path):
+KILLED = """
+import os, signal
+from hansa.site.budget import Account
+step = Account.{step}
+def killed(self, *args):
+    if {before}: os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *args)
+    os.kill(os.getpid(), signal.SIGKILL)
+Account.{step} = killed
+"""
+"""A kill around a step of the account."""
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "charges", "trainings"),
+    [("charge", True, 1, 1), ("charge", False, 1, 1), ("sent", True, 1, 2), ("sent", False, 2, 2)],
+)
+async def test_a_kill_at_each_step_leaves_no_training_uncharged(tmp_path, step, before, charges, trainings):
+    """What is trained again is charged again only where an update may have left."""
+    async with loopback(tmp_path) as lab, lab.lead() as lead:
+        write(lab, 50.0)
+        with agent(lab.site("s0"), KILLED.format(step=step, before=before)) as process:
+            id = await lead.submit(deployed(tmp_path, rounds=1))
+            await until(lambda: process.poll() is not None)
+        with agent(lab.site("s0")):
+            view = await lead.wait(id)
+            assert view.line.state == "finished", view.line.error
+        assert len(kept(lab).entries) == charges
+        assert trained(tmp_path) == Counter({"s0 1": trainings})
+
+
+async def test_a_kill_while_it_trains_charges_once(tmp_path):
     """Killed while it trains; the update is made again, and each round has one charge and left once."""
     async with loopback(tmp_path) as lab, lab.lead() as lead:
         write(lab, 50.0)
