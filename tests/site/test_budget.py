@@ -22,6 +22,7 @@ from hansa.core import config
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.errors import PolicyError, StorageError
+from hansa.pki.authority import Authority
 from hansa.pki.identity import Role
 from hansa.pki.kit import Kit
 from hansa.privacy.accounting import Release, epsilon
@@ -447,6 +448,22 @@ def test_the_command_finds_tampering(spent_at, capsys, monkeypatch):
         assert found.code == StorageError.exit_code
         assert "line 3 is missing; 3 were written" in found.err + found.out
         assert "old" in found.out
+
+
+def test_a_ledger_whose_key_is_gone_is_sealed_by_its_owner(spent_at, tmp_path, capsys, monkeypatch):
+    site = Authority(tmp_path / "federation" / "authority").issue(tmp_path / "new", Role.SITE, "hospital-c")
+    (tmp_path / "new" / "site.toml").write_bytes((spent_at / "site.toml").read_bytes())
+    (spent_at / "ledger").rename(tmp_path / "new" / "ledger")
+    folder = str(site.directory)
+    assert "was changed" in hansa(capsys, monkeypatch, "site", "budget", folder).err
+    wrong = hansa(capsys, monkeypatch, "site", "budget", folder, "--seal", "note")
+    assert (wrong.code, "Did you mean 'notes'" in wrong.err) == (2, True)
+    for data in ("notes", "old"):
+        hansa(capsys, monkeypatch, "site", "budget", folder, "--seal", data)
+    assert hansa(capsys, monkeypatch, "site", "budget", folder, "--verify").code == 0
+    path = tmp_path / "new" / "ledger" / "notes.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"9.0", b"99."))
+    assert hansa(capsys, monkeypatch, "site", "budget", folder, "--seal", "notes").code == StorageError.exit_code
 
 
 def test_a_site_without_budgets(tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ the data. In a simulation there are no ledgers: the data are the researcher's ow
 | the pieces of the job do not keep the promise; its noise can't be found | PolicyError, nothing charged |
 | the ledger was tampered with | PolicyError; the agent's log says what was found |
 | the certificate was renewed | the ledger's next head is signed with it |
-| ... with a new key, and the old one no longer counts | StorageError, until the owner has sealed it again |
+| ... with a new key, and the old one no longer counts | tampered with, until `hansa site budget --seal NAME` |
 """
 
 from __future__ import annotations
