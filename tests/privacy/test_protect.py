@@ -210,7 +210,7 @@ def test_sites_take_turns_under_correlated_noise():
 
 
 def test_shares_of_distributed_noise_add_up_to_all_of_it():
-    """Five shares of five are the whole noise, on the grid; the values in it are within half a step of the bounded ones."""
+    """Five shares of five are the whole noise, on the grid; values are within half a step of the bounded ones."""
     plan = terms(mechanism="distributed", noise_multiplier=2.0, clip=0.3)
     delta = np.linspace(-1, 1, SIZE) * 0.3 / np.sqrt(SIZE)
     shares = [share_of_noise({"delta": {"w": delta}}, plan, 5, Secret.fresh(), "t") for _ in range(5)]

@@ -220,9 +220,10 @@ class _Session:
             del total
             machine.close_uploads()
         survivors = machine.survivors
-        await self._round("vote", dict.fromkeys(survivors, machine.close_uploads()), machine.add_vote)
-        votes = machine.close_votes()
-        await self._round("reveal", dict.fromkeys(survivors, votes), machine.add_reveal)
+        if not machine.is_recovered:  # else a restart found all shares on the disk; sites may have forgotten theirs
+            await self._round("vote", dict.fromkeys(survivors, machine.close_uploads()), machine.add_vote)
+            votes = machine.close_votes()
+            await self._round("reveal", dict.fromkeys(survivors, votes), machine.add_reveal)
         unmasked = self._unmasked(machine.close_reveals())
         found = self._sum(unmasked, survivors, seconds, num_bytes)
         await self._line.exchange("finish", dict.fromkeys(survivors, b""))
