@@ -136,7 +136,11 @@ class SlowLink:
             await self._end.wait()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target, limit=8 * MIB)
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target, limit=8 * MIB)
+        except OSError:  # the server is being started again
+            writer.close()
+            return
         await asyncio.gather(self._pass(reader, far_writer), self._pass(far_reader, writer))
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

@@ -102,6 +102,13 @@ def test_tiny_noise_is_a_large_finite_epsilon() -> None:
     assert epsilon([Release(0.01)], 1e-5, "pld") == pytest.approx(5425.51, abs=0.01)
 
 
+@pytest.mark.parametrize("noise", [1e3, 2e4, 1e5])
+def test_much_noise_is_a_small_epsilon_without_a_warning(noise: float) -> None:
+    spent = epsilon([Release(noise)], 1e-12)
+    assert 0 < spent < 10 / noise
+    assert exact_delta(noise, spent) == pytest.approx(1e-12, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("target", "rate", "count", "accountant"),
     [

@@ -281,6 +281,49 @@ def test_a_process_that_is_killed_leaves_each_confirmed_charge_and_at_most_one_m
         assert confirmed <= len(tasks) <= confirmed + 1
 
 
+STEPS = (os, "fsync"), (Path, "replace"), (storage, "sync_directory")
+
+
+def _crash(folder: Path, point: int, done: Any) -> None:
+    """Charge three tasks, and be killed before the step ``point`` towards durability."""
+    left = point
+
+    def counted(step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args)
+
+        return call
+
+    for owner, name in STEPS:
+        setattr(owner, name, counted(getattr(owner, name)))
+    for number in range(3):
+        Ledger(folder, "notes").charge(charge(f"t{number}"), BUDGET)
+        done.value = number + 1
+
+
+def test_a_kill_before_any_step_loses_no_confirmed_charge(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for point in range(1, 100):
+        folder, done = tmp_path / str(point), context.Value("i", 0)
+        process = context.Process(target=_crash, args=(folder, point, done))
+        process.start()
+        process.join()
+        tasks = [entry.task for entry in Ledger(folder, "notes").read().entries]
+        assert tasks == [f"t{number}" for number in range(len(tasks))]
+        assert done.value <= len(tasks) <= done.value + 1
+        for number in range(3):
+            Ledger(folder, "notes").charge(charge(f"t{number}"), BUDGET)
+        assert [entry.task for entry in Ledger(folder, "notes").read().entries] == ["t0", "t1", "t2"]
+        if process.exitcode == os.EX_OK:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert 15 < point < 99
+
+
 def _charge(folder: Path, name: str, barrier: Any) -> None:
     barrier.wait()
     for number in range(10):

@@ -20,7 +20,7 @@ from hansa.errors import FitError, NonFiniteError, PrivacyError
 from hansa.privacy.draws import Secret
 from hansa.privacy.matrix import coefficients, errors, factorised
 from hansa.privacy.plan import SLACK, Terms
-from hansa.privacy.protect import CLIP, COUNT, bounded, protected
+from hansa.privacy.protect import CLIP, COUNT, bounded, grid_of, protected, share_of_noise
 from hansa.runs.run import list_runs
 from hansa.simulation.run import run
 from hansa.sinks.checkpoint import Checkpoints
@@ -207,6 +207,29 @@ def test_sites_take_turns_under_correlated_noise():
     strategy = protected(fedavg(), terms(rounds=9, mechanism="dp-ftrl", separation=3, participations=2), Secret.fresh())
     asked = [strategy.select(["d", "a", "c", "b"], number) for number in range(1, 10)]
     assert asked == [("a", "d"), ("b",), ("c",), ("a", "d"), ("b",), ("c",), (), (), ()]
+
+
+def test_shares_of_distributed_noise_add_up_to_all_of_it():
+    """Five shares of five are the whole noise, on the grid; values are within half a step of the bounded ones."""
+    plan = terms(mechanism="distributed", noise_multiplier=2.0, clip=0.3)
+    delta = np.linspace(-1, 1, SIZE) * 0.3 / np.sqrt(SIZE)
+    shares = [share_of_noise({"delta": {"w": delta}}, plan, 5, Secret.fresh(), "t") for _ in range(5)]
+    grid = grid_of(0.3)
+    for share in shares:
+        steps = np.asarray(share["delta"]["w"]) / grid
+        assert (steps == np.rint(steps)).all()
+    noise = sum(np.asarray(share["delta"]["w"]) for share in shares) - 5 * delta
+    std = 2.0 * 0.3 * SLACK
+    assert not rejects(noise, std)
+    assert rejects(noise, std * 2 / 3)
+    assert rejects(noise, std * 3 / 2)
+    secret = Secret.fresh()
+    one, again, other = (
+        np.asarray(share_of_noise({"delta": {"w": delta}}, plan, 5, secret, label)["delta"]["w"])
+        for label in ("a", "a", "b")
+    )
+    assert (one == again).all()
+    assert (one != other).any()
 
 
 PRIVATE = {"mechanism": "central", "clip": 1.0, "noise_multiplier": 1e-7, "delta": 1e-5}

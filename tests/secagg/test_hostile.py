@@ -105,7 +105,7 @@ JSON = st.recursive(
 )
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", [name for name in DOORS if not name.endswith("state")])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_fields_of_other_types_and_values(name: str, data: st.DataObject) -> None:

@@ -258,7 +258,9 @@ def test_every_phase_gives_the_same_bytes_again_and_after_a_restart() -> None:
     for name in who:
         federation.server.add_reveal(name, again(name, lambda site: site.reveal(votes)))
     zeros = [np.zeros(terms.encoding.size, np.uint32) for _ in range(2)]
+    assert not federation.server.is_recovered
     federation.server.close_reveals().apply(0, zeros[0])
+    assert federation.new_server().is_recovered
     federation.new_server().close_reveals().apply(0, zeros[1])
     np.testing.assert_array_equal(*zeros)
 
@@ -305,7 +307,7 @@ def test_states_larger_than_any_message_are_read(monkeypatch: pytest.MonkeyPatch
     terms = terms_for(5)
     federation = Federation(terms)
     federation.share(terms.sites, federation.advertise(terms.sites))
-    monkeypatch.setattr(p.unpack, "__defaults__", (10,))
+    monkeypatch.setattr(p, "MAX_BYTES", 10)
     federation.restarts = True
     assert federation.new_server().close_shares() == terms.sites
     assert federation.site(terms.sites[0])
@@ -406,7 +408,7 @@ def test_a_finished_attempt_has_no_secret_left() -> None:
     federation.reveal(terms.sites, votes)
     site, disk = federation.site("site-000"), federation.disks["site-000"]
     assert disk.data is not None
-    root = p.msgspec.msgpack.decode(disk.data)["root"]
+    root = p.msgspec.msgpack.decode(disk.data[32:])["root"]
     assert len(root) == 32
     site.finish()
     site.finish()

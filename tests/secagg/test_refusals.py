@@ -9,7 +9,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from hansa.errors import AccessError, HansaError, NonFiniteError, PrivacyError, QuorumError, SiteError, WireError
+from hansa.errors import (
+    AccessError,
+    ChecksumError,
+    HansaError,
+    NonFiniteError,
+    PrivacyError,
+    QuorumError,
+    SiteError,
+    WireError,
+)
 from hansa.secagg import protocol as p
 from hansa.secagg import site as sites
 from hansa.secagg.shamir import PRIME, SHARE_BYTES
@@ -80,6 +89,19 @@ def test_a_site_that_copies_anothers_keys_is_refused(lab: Federation) -> None:
     roll = p.Roll(lab.terms.digest(), tuple({**adverts, PEER: copy}[name] for name in WHO))
     with pytest.raises(PrivacyError, match="two public keys of the roll are the same"):
         lab.site(ME).share(p.pack(roll))
+
+
+def test_keys_of_an_earlier_session_are_refused_also_under_another_name(lab: Federation) -> None:
+    """The server replays them in a new attempt: as they were, or said to be of this one."""
+    earlier = Federation(terms_for(5, attempt=2), signers=lab.signers).site(PEER).advertise()
+    roll = p.unpack(up_to(lab, "share", {}), p.Roll)
+    for advert, error, says in (
+        (p.unpack(earlier, p.Advert), WireError, "an advert is of another session"),
+        (p.unpack(changed(earlier, p.Advert, session=lab.terms.digest()), p.Advert), AccessError, "were not signed"),
+    ):
+        replayed = msgspec.structs.replace(roll, adverts=(roll.adverts[0], advert, *roll.adverts[2:]))
+        with pytest.raises(error, match=f"site {PEER}, round 1: .*{says}"):
+            lab.site(ME).share(p.pack(replayed))
 
 
 @pytest.mark.parametrize("key", ["channel", "mask"])
@@ -400,13 +422,13 @@ def test_the_other_kind_of_share_is_refused_for_ever() -> None:
     first = p.unpack(lab.site(ME).reveal(votes), p.Reveal)
     data = lab.disks[ME].data
     assert data is not None
-    state = p.unpack(data, sites._State)
+    state = p.unpack_state(data, sites._State)
     assert state.revealed == {**dict.fromkeys(who, "seed"), gone: "key"}
     assert first.shares[gone] == state.held[gone][0]
     assert first.shares[PEER] == state.held[PEER][1]
     assert not {first.shares[gone]} & {state.held[gone][1]}
 
-    lab.disks[ME].data = p.pack(msgspec.structs.replace(state, survivors=lab.terms.sites))
+    lab.disks[ME].data = p.pack_state(msgspec.structs.replace(state, survivors=lab.terms.sites))
     lab.restarts = True
     session: Any = lab.site(ME)
     ballot = session._session.ballot(lab.terms.sites, lab.terms.sites)
@@ -449,7 +471,7 @@ def test_shares_that_are_not_as_dealt_are_left_out_and_named(lab: Federation, sp
         data = lab.disks[name].data
         assert data is not None
         if number in range(1, 1 + spoiled):
-            key_share = p.unpack(data, sites._State).held[ME][0]
+            key_share = p.unpack_state(data, sites._State).held[ME][0]
             reveal = changed(reveal, p.Reveal, shares={**p.unpack(reveal, p.Reveal).shares, ME: key_share})
         lab.server.add_reveal(name, reveal)
     if spoiled == 1:
@@ -557,12 +579,14 @@ def test_a_state_of_another_job_or_format_or_damaged_is_refused(lab: Federation)
     assert server is not None
     with pytest.raises(WireError, match=f"the state stored here is of site '{ME}' in job 'job-1'"):
         Site(lab.terms, PEER, lab.signers[PEER], Disk().store, data)
-    state = p.unpack(data, sites._State)
+    state = p.unpack_state(data, sites._State)
     with pytest.raises(HansaError, match="of format 9; this release reads 1"):
-        Site(lab.terms, ME, lab.signers[ME], Disk().store, p.pack(msgspec.structs.replace(state, format=9)))
-    for bad in (b"", data[:-1], data + b"\0", server):
-        with pytest.raises(WireError):
+        Site(lab.terms, ME, lab.signers[ME], Disk().store, p.pack_state(msgspec.structs.replace(state, format=9)))
+    for bad in (b"", data[:-1], data + b"\0", data[:40] + bytes([data[40] ^ 1]) + data[41:]):
+        with pytest.raises(ChecksumError, match="damaged"):
             Site(lab.terms, ME, lab.signers[ME], Disk().store, bad)
+    with pytest.raises(WireError, match="this is no _State"):
+        Site(lab.terms, ME, lab.signers[ME], Disk().store, server)
     lab.terms = terms_for(5, attempt=2)
     with pytest.raises(WireError, match="the server's stored state is another session's"):
         lab.new_server()

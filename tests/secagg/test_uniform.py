@@ -2,7 +2,7 @@
 """What the server sees of one site can't be told from uniform noise, by tests that do tell what was masked badly.
 
 Chi-square over the 256 values of each byte (its normal approximation), and Kolmogorov and Smirnov's distance of whole
-elements from the uniform distribution. Bounds are at about 5 sigma, so a right test never fails.
+elements from the uniform distribution. Masks differ each time; the bounds are crossed once in 10^9 tests.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def looks_uniform(values: Array) -> bool:
     for place in values.view(np.uint8).reshape(-1, values.itemsize).T:
         expected = place.size / 256
         chi = ((np.bincount(place, minlength=256) - expected) ** 2 / expected).sum()
-        if abs(chi - 255) > 5 * math.sqrt(2 * 255):
+        if abs(chi - 255) > 7 * math.sqrt(2 * 255):
             return False
     ordered = np.sort(values.astype(np.float64)) / 2.0 ** (8 * values.itemsize)
     steps = np.arange(1, ordered.size + 1) / ordered.size
     distance = max(np.max(steps - ordered), np.max(ordered - steps + 1 / ordered.size))
-    return bool(distance * math.sqrt(ordered.size) < 2.7)  # Kolmogorov: P[> 2.7] is 1e-6
+    return bool(distance * math.sqrt(ordered.size) < 3.3)  # Kolmogorov: P[> 3.3] is 7e-10
 
 
 def values(seed: int) -> dict[str, dict[str, Array]]:
@@ -61,7 +61,7 @@ def test_a_masked_vector_is_noise(bits: int) -> None:
     lab, seen = upload(1, 0, bits=bits)
     assert looks_uniform(seen)
     assert not looks_uniform(encoded(lab.terms.encoding, 0))
-    assert abs(np.corrcoef(seen.view(f"int{bits}"), values(0)["delta"]["w"])[0, 1]) < 5 / math.sqrt(SIZE)
+    assert abs(np.corrcoef(seen.view(f"int{bits}"), values(0)["delta"]["w"])[0, 1]) < 6 / math.sqrt(SIZE)
 
 
 def test_the_same_values_in_two_rounds_share_no_mask() -> None:

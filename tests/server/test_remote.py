@@ -16,10 +16,9 @@ import pytest
 
 from federations import Loopback, loopback
 from hansa import bundle
-from hansa.core.values import WEIGHT_SCALE
 from hansa.core import wire
 from hansa.core.storage import load_tree
-from hansa.core.values import Update
+from hansa.core.values import WEIGHT_SCALE, Update
 from hansa.errors import AccessError, HansaError, JobError
 from hansa.pki.identity import Role
 from hansa.pki.kit import Kit

@@ -22,10 +22,12 @@ from hansa.core import config
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.errors import PolicyError, StorageError
+from hansa.pki.authority import Authority
 from hansa.pki.identity import Role
 from hansa.pki.kit import Kit
 from hansa.privacy.accounting import Release, epsilon
 from hansa.privacy.ledger import Books, Budget, Charge
+from hansa.runs import carrier
 from hansa.site import budget, policy
 from hansa.site.settings import SiteSettings, load
 from members import Members, members
@@ -104,8 +106,10 @@ def test_pieces_of_ones_own_are_not_trusted_with_a_budget(everybody):
     rules = {"budgets": {"notes": {"epsilon": 3.0, "delta": DELTA}}}
     trusting = settings(rules, policy={"modules": ["ours:strategy"]})
     own = Bundle(job(strategy={"name": "ours:strategy"}), everybody.lead.identity, {}, datetime.now(UTC))
-    with pytest.raises(PolicyError, match="'ours:strategy' may not be among its strategies"):
-        policy.decide(own, "s0", trusting)
+    required = settings({"require": ["local"]}, policy={"modules": ["ours:strategy"]})
+    for site in (trusting, required):
+        with pytest.raises(PolicyError, match="'ours:strategy' may not be among its strategies"):
+            policy.decide(own, "s0", site)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_what_a_round_is_charged(everybody, tmp_path, privacy, unit, release):
     asked = job(privacy, train={"batch_size": 40, "epochs": 0.25}, rounds=30)
     open_account = account(everybody, tmp_path)
     for task, round in (("t1", 1), ("t1", 1), ("t2", 2)):
-        open_account.charge(asked, BOUNDS, 4000, task, round)
+        open_account.charge(asked, 4000, task, round)
     found = books(everybody, tmp_path).entries
     rounds = 1 if privacy is DP_FTRL else 2
     assert [(entry.unit, entry.release) for entry in found] == [(unit, release)] * rounds
@@ -166,34 +170,40 @@ def test_what_a_round_is_charged(everybody, tmp_path, privacy, unit, release):
 def test_an_update_of_other_examples_does_not_leave(everybody, tmp_path):
     asked = job(DP_SGD, train={"batch_size": 40, "steps": 5})
     open_account = account(everybody, tmp_path)
-    open_account.charge(asked, BOUNDS, 4000, "t1", 1)
+    open_account.charge(asked, 4000, "t1", 1)
     with pytest.raises(PolicyError, match="made from 2000 examples, and 4000 were charged"):
         open_account.sent(asked, "t1", 2000 / 1024, 4000)
     open_account.sent(asked, "t1", 4000 / 1024, 4000)
-    open_account.charge(asked, BOUNDS, 4000, "t1", 1)
+    open_account.charge(asked, 4000, "t1", 1)
     assert len(books(everybody, tmp_path).entries) == 2
 
 
 @pytest.mark.parametrize(
-    ("asked", "traits", "examples", "reason"),
+    ("asked", "examples", "reason"),
     [
-        (job(DP_SGD), frozenset({Trait.STEPWISE}), 4000, "does not keep the privacy"),
-        (job(DP_SGD, train={"clip_grad": 1.0}), BOUNDS, 4000, "does not keep the privacy"),
-        (job(DP_SGD), BOUNDS, 0, "no examples"),
-        (job({**LOCAL, "noise_multiplier": 0.1}), BOUNDS, 4000, "budget of 'notes' does not allow this round"),
+        (job(DP_SGD), 0, "no examples"),
+        (job({**LOCAL, "noise_multiplier": 0.1}), 4000, "budget of 'notes' does not allow this round"),
+        (job({**LOCAL, "noise_multiplier": None, "epsilon": 1e-9, "delta": 1e-12}), 4000, "No noise multiplier"),
     ],
 )
-def test_nothing_is_charged_for_what_is_refused(everybody, tmp_path, asked, traits, examples, reason):
+def test_nothing_is_charged_for_what_is_refused(everybody, tmp_path, asked, examples, reason):
     with pytest.raises(PolicyError, match=reason):
-        account(everybody, tmp_path).charge(asked, traits, examples, "t1", 1)
+        account(everybody, tmp_path).charge(asked, examples, "t1", 1)
     assert books(everybody, tmp_path).entries == []
+
+
+def test_the_site_checks_what_the_server_should_have_checked():
+    budget.check_promise(job(DP_SGD), BOUNDS)
+    for asked, traits in ((job(DP_SGD), {Trait.STEPWISE}), (job(DP_SGD, train={"clip_grad": 1.0}), BOUNDS)):
+        with pytest.raises(PolicyError, match="does not keep the privacy that it promises"):
+            budget.check_promise(asked, traits)
 
 
 def test_the_ledger_is_signed_by_the_site(everybody, tmp_path):
     """Renewals and new keys are taken; another member's signature, or one that was revoked, is not."""
     authority = everybody.authority
     kit = authority.issue(tmp_path / "kit", Role.SITE, "renewed")
-    account(everybody, tmp_path / "own").charge(job(), BOUNDS, 4000, "t1", 1)
+    account(everybody, tmp_path / "own").charge(job(), 4000, "t1", 1)
     for stranger in (everybody.lead, kit):
         stranger.update_roster(authority.roster.data)
         with pytest.raises(StorageError, match=r"notes\.head, was changed"):
@@ -262,9 +272,16 @@ async def test_a_job_without_privacy_is_refused_before_anything_runs(tmp_path):
 
 
 @contextlib.contextmanager
-def agent(folder: Path):
+def agent(folder: Path, prelude: str = ""):
     """Run a site's agent as a process of its own, which is killed at the end."""
-    command = [sys.executable, "-c", "from hansa.cli.main import main; main()", "site", "start", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        f"{prelude}\nfrom hansa.cli.main import main; main()",
+        "site",
+        "start",
+        str(folder),
+    ]
     with (
         tempfile.TemporaryFile() as output,
         subprocess.Popen(command, env=environment(), stdout=output, stderr=output) as process,
@@ -281,7 +298,38 @@ async def until(true) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_kill_between_charge_and_training_charges_once(tmp_path):
+KILLED = """
+import os, signal
+from hansa.site.budget import Account
+step = Account.{step}
+def killed(self, *args):
+    if {before}: os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *args)
+    os.kill(os.getpid(), signal.SIGKILL)
+Account.{step} = killed
+"""
+"""A kill around a step of the account."""
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "charges", "trainings"),
+    [("charge", True, 1, 1), ("charge", False, 1, 1), ("sent", True, 1, 2), ("sent", False, 2, 2)],
+)
+async def test_a_kill_at_each_step_leaves_no_training_uncharged(tmp_path, step, before, charges, trainings):
+    """What is trained again is charged again only where an update may have left."""
+    async with loopback(tmp_path) as lab, lab.lead() as lead:
+        write(lab, 50.0)
+        with agent(lab.site("s0"), KILLED.format(step=step, before=before)) as process:
+            id = await lead.submit(deployed(tmp_path, rounds=1))
+            await until(lambda: process.poll() is not None)
+        with agent(lab.site("s0")):
+            view = await lead.wait(id)
+            assert view.line.state == "finished", view.line.error
+        assert len(kept(lab).entries) == charges
+        assert trained(tmp_path) == Counter({"s0 1": trainings})
+
+
+async def test_a_kill_while_it_trains_charges_once(tmp_path):
     """Killed while it trains; the update is made again, and each round has one charge and left once."""
     async with loopback(tmp_path) as lab, lab.lead() as lead:
         write(lab, 50.0)
@@ -341,6 +389,19 @@ async def test_dp_sgd_is_charged_by_the_examples_that_it_trains_on(tmp_path):
         ]
 
 
+async def test_a_required_mechanism_that_the_training_code_does_not_have(tmp_path, monkeypatch):
+    """The server takes the job, and the site finds that its program knows nothing of dp-sgd."""
+    monkeypatch.setattr(carrier, "check", lambda *args: None)
+    async with loopback(tmp_path) as lab:
+        lab.write("s0", "[privacy]\nrequire = ['dp-sgd']\n")
+        await lab.start("s0")
+        asked = deployed(tmp_path, rounds=1).model_dump(mode="json")
+        view = await lab.run(config.parse({**asked, "data": None, "privacy": DP_SGD}))
+        assert view.line.state == "failed"
+        assert "does not keep the privacy that it promises" in view.line.error
+        assert trained(tmp_path) == Counter()
+
+
 # hansa site budget
 
 
@@ -387,6 +448,22 @@ def test_the_command_finds_tampering(spent_at, capsys, monkeypatch):
         assert found.code == StorageError.exit_code
         assert "line 3 is missing; 3 were written" in found.err + found.out
         assert "old" in found.out
+
+
+def test_a_ledger_whose_key_is_gone_is_sealed_by_its_owner(spent_at, tmp_path, capsys, monkeypatch):
+    site = Authority(tmp_path / "federation" / "authority").issue(tmp_path / "new", Role.SITE, "hospital-c")
+    (tmp_path / "new" / "site.toml").write_bytes((spent_at / "site.toml").read_bytes())
+    (spent_at / "ledger").rename(tmp_path / "new" / "ledger")
+    folder = str(site.directory)
+    assert "was changed" in hansa(capsys, monkeypatch, "site", "budget", folder).err
+    wrong = hansa(capsys, monkeypatch, "site", "budget", folder, "--seal", "note")
+    assert (wrong.code, "Did you mean 'notes'" in wrong.err) == (2, True)
+    for data in ("notes", "old"):
+        hansa(capsys, monkeypatch, "site", "budget", folder, "--seal", data)
+    assert hansa(capsys, monkeypatch, "site", "budget", folder, "--verify").code == 0
+    path = tmp_path / "new" / "ledger" / "notes.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"9.0", b"99."))
+    assert hansa(capsys, monkeypatch, "site", "budget", folder, "--seal", "notes").code == StorageError.exit_code
 
 
 def test_a_site_without_budgets(tmp_path, capsys, monkeypatch):

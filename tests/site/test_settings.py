@@ -52,5 +52,5 @@ def test_the_default_text_is_valid_with_and_without_its_comments(tmp_path):
     values = tomllib.loads(text)
     for name, field in SiteSettings.model_fields.items():
         assert name in values
-        if isinstance(values[name], dict) and name in ("policy", "resources"):
+        if isinstance(values[name], dict) and name in ("policy", "resources", "privacy"):
             assert set(values[name]) == set(type(field.default).model_fields)

@@ -8,14 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import toys
 from hansa.core.values import Absence
 from hansa.errors import FitError, PrivacyError, QuorumError
+from hansa.privacy.accounting import Release, epsilon
+from hansa.privacy.plan import SLACK
 from hansa.runs.run import list_runs
 from hansa.simulation.run import run
 from hansa.sinks.checkpoint import Checkpoints
@@ -126,8 +130,8 @@ def test_too_few_left_means_no_sum(tmp_path, monkeypatch, phase):
 def test_a_masked_vector_that_is_none_is_rejected(tmp_path, monkeypatch):
     masked = secure.Sessions.masked
 
-    def broken(self, course, update, task, metrics):
-        sent = masked(self, course, update, task, metrics)
+    def broken(self, course, update, task, section, private):
+        sent = masked(self, course, update, task, section, private)
         if update.site != "s03" or task != "train":
             return sent
         vector = np.asarray(sent.parts[secure.MASKED][secure.VECTOR])[:-1]
@@ -150,31 +154,14 @@ def test_a_value_outside_its_range_is_told_and_not_sent(tmp_path, section, reaso
 
 def test_a_server_that_widens_the_terms_is_refused(tmp_path, monkeypatch):
     """Sites work the terms out by themselves."""
-    from hansa.secagg import agreement
+    bounds_of = server.bounds_of
 
-    terms = agreement.terms
+    def widened(section, private, num_sites):
+        bounds = bounds_of(section, private, num_sites)
+        return replace(bounds, largest=2 * bounds.largest)
 
-    def widened(section, *rest):
-        return terms(section.model_copy(update={"range": 2 * section.range}), *rest)
-
-    monkeypatch.setattr(agreement, "terms", widened)
-    monkeypatch.setattr(agreement, "check", lambda *given: own(*given))
-
-    def own(proposed, section, private, name, weighed):
-        right = terms(
-            section,
-            private,
-            name,
-            proposed.round,
-            proposed.attempt,
-            proposed.sites,
-            agreement.shapes_in(proposed.encoding),
-            weighed,
-        )
-        if right != proposed:
-            raise PrivacyError("other terms")
-
-    with pytest.raises(QuorumError, match="other terms"):
+    monkeypatch.setattr(server, "bounds_of", widened)
+    with pytest.raises(QuorumError, match="other terms of secure aggregation than the job's"):
         run(job(tmp_path, rounds=1))
 
 
@@ -190,6 +177,35 @@ def test_central_noise_on_a_sum_that_nobody_saw_apart(tmp_path):
             assert record["accepted"] == record["asked"]
         else:
             assert record["accepted"] == []
+
+
+@pytest.mark.parametrize("engine", ["local", "processes"])
+def test_distributed_noise_is_enough_for_the_fewest_that_are_summed(tmp_path, engine):
+    """Of ten sites at least seven are summed and two are corrupt: each adds a fifth, so ten add twice the noise."""
+    private = {"mechanism": "distributed", "clip": 1.0, "noise_multiplier": 3.0, "delta": 1e-5}
+    values = {"recipe": {"size": 20_000}, "rounds": 1, "engine": {"name": engine}}
+    done = run(job(tmp_path / "noisy", privacy=private, secure_aggregation={"metrics": {}}, **values))
+    plain = run(
+        job(
+            tmp_path / "plain",
+            masked=False,
+            privacy={**private, "mechanism": "central", "noise_multiplier": 1e-6},
+            **values,
+        )
+    )
+    noise = final(done) - final(plain)
+    std = 3.0 * SLACK * np.sqrt(10 / 5) / 10
+    assert stats.kstest(noise / std, "norm").pvalue > 1e-4
+    assert stats.kstest(noise / std * 3 / 2, "norm").pvalue < 1e-4
+    assert stats.kstest(noise / std * 2 / 3, "norm").pvalue < 1e-4
+    claims = {claim["adversary"]: claim["epsilon"] for claim in done.report["privacy"]["claims"]}
+    assert claims["the server"] == claims["the public"] == pytest.approx(epsilon([Release(3.0)], 1e-5, "rdp"), rel=0.01)
+
+
+def test_distributed_noise_needs_masks(tmp_path):
+    private = {"mechanism": "distributed", "clip": 1.0, "noise_multiplier": 3.0, "delta": 1e-5}
+    with pytest.raises(PrivacyError, match="only a sum that nobody sees apart"):
+        run(job(tmp_path, masked=False, privacy=private))
 
 
 CHILD = """
@@ -237,7 +253,8 @@ def test_sigkill_in_any_phase_ends_with_the_same_model(tmp_path, phase, session)
     assert child("resume", "none", 0) == 0
     (done,) = list_runs(tmp_path / "killed")
     assert np.abs(final(done) - final(calm)).max() < 1e-7
-    assert [record["accepted"] for record in done.records] == [record["accepted"] for record in calm.records]
+    for mine, theirs in zip(done.records, calm.records, strict=True):
+        assert (mine["accepted"], mine["absent"]) == (theirs["accepted"], [])
 
 
 @pytest.mark.parametrize(

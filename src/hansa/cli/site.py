@@ -56,11 +56,17 @@ def budget(
     verify: Annotated[
         bool, typer.Option("--verify", help="Only check the ledgers, and show how many lines each has and their hash.")
     ] = False,
+    seal: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Sign the ledger of NAME anew: you have looked at it, and its key is gone."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say how much of the privacy of its data the site has spent, on which jobs, and how much it allows."""
     from hansa.cli import spending
 
+    if seal is not None:
+        spending.seal(directory, seal)
     spending.show(directory, verify=verify, as_json=as_json)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hansa.cli import console
-from hansa.errors import StorageError
+from hansa.errors import JobError, StorageError, nearest
 from hansa.pki.kit import Kit
 from hansa.privacy.ledger import Books, Budget, TamperedError
 from hansa.site import budget
@@ -40,6 +40,19 @@ def show(directory: Path, *, verify: bool, as_json: bool) -> None:
         console.out().print("\n".join(lines or ["No budgets, and no ledgers."]), soft_wrap=True, markup=False)
     if damaged:
         raise StorageError("\n".join(damaged))
+
+
+def seal(directory: Path, data: str) -> None:
+    """Sign a ledger's head with the site's key of now.
+
+    Raises:
+        JobError: there is no such ledger.
+        StorageError: its lines and its head do not belong together.
+    """
+    known = budget.kept(directory)
+    if data not in known:
+        raise JobError(f"There is no ledger of {data!r}; there is: {', '.join(known) or 'none'}.{nearest(data, known)}")
+    budget.ledger(directory, data, Kit(directory)).seal()
 
 
 def _spent(books: Books, allowed: Budget | None) -> dict[str, Any]:

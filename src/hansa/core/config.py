@@ -230,10 +230,10 @@ class AdaptiveClip(Section):
 class PrivacySection(Section):
     """What is promised to those whose data are trained on: clip, noise, sampling and accountant, as one plan."""
 
-    mechanism: Literal["central", "local", "dp-sgd", "dp-ftrl"] = Field(
+    mechanism: Literal["central", "local", "dp-sgd", "dp-ftrl", "distributed"] = Field(
         description="central: the server clips and adds noise to the sum; local: each site adds noise before anything "
         "leaves it; dp-sgd: noise in every local step; dp-ftrl: correlated noise at the server, for runs without "
-        "sampling."
+        "sampling; distributed: each site adds a share of the noise, under the masks of [secure_aggregation]."
     )
     unit: Literal["example", "user", "site"] | None = Field(
         None,

@@ -3,7 +3,8 @@
 
 A release is a sum to which each unit contributes at most ``clip`` in L2 norm, plus Gaussian noise of standard deviation
 ``noise_multiplier`` × ``clip``, over a Poisson sample of the units: each takes part with probability ``rate``, by
-itself. Neighbouring data sets differ by one unit that is added or removed.
+itself. Neighbouring data sets differ by one unit that is added or removed. Noise in a ring is Skellam instead, which is
+whole: its Rényi divergences of whole orders are by Agarwal, Kairouz and Liu 2021, arXiv:2110.04995, Theorem 3.5.
 
 ========  ==============================================================================================================
 pld       privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380);
@@ -19,6 +20,7 @@ zcdp      ρ adds up (Bun and Steinke 2016, arXiv:1605.02658), turned into ε in
 | no noise | ε = ∞ |
 | an ε above ``WORTHLESS`` by RDP | that, whichever accountant: a distribution of such losses would fill the memory |
 | ``zcdp`` and a rate below 1 | the rate is not used: an upper bound, with no amplification by sampling |
+| Skellam noise | by Rényi divergences, whatever the accountant, and without sampling |
 | an ε that no noise up to ``LARGEST`` gives | PrivacyError |
 """
 
@@ -59,11 +61,13 @@ class Release:
         noise_multiplier: the noise's standard deviation over what one unit contributes at most.
         rate: the probability that a unit takes part, by itself.
         count: how often.
+        grid: for Skellam noise, how many of its steps one unit contributes at most; infinite for normal noise.
     """
 
     noise_multiplier: float
     rate: float = 1.0
     count: int = 1
+    grid: float = math.inf
 
 
 def epsilon(releases: Sequence[Release], delta: float, accountant: Accountant = "pld") -> float:
@@ -77,6 +81,8 @@ def epsilon(releases: Sequence[Release], delta: float, accountant: Accountant = 
         return 0.0
     if any(r.noise_multiplier <= 0 for r in left):
         return math.inf
+    if any(math.isfinite(r.grid) for r in left):
+        return _whole(left, delta)
     if accountant == "zcdp":
         return epsilon_of_zcdp(sum(r.count / (2 * r.noise_multiplier**2) for r in left), delta)
     return _composed(tuple(left), delta, accountant)
@@ -93,6 +99,19 @@ def epsilon_of_zcdp(rho: float, delta: float) -> float:
     return float(compute(orders, orders * rho, delta)[0])
 
 
+def _whole(releases: Sequence[Release], delta: float) -> float:
+    """Return the ε of releases of which some have Skellam noise; sampling is not used, whatever the accountant."""
+    compute: Any = registry.load_object("dp_accounting.rdp:compute_epsilon")
+    orders = np.unique(np.concatenate([np.arange(2.0, 512.0), np.geomspace(512, 1e7, 200).round()]))
+    spent = np.zeros_like(orders)
+    for release in releases:
+        precision = release.noise_multiplier**-2
+        # ‖x‖₁ ≤ ‖x‖₂² for whole x, so Δ₁ ≤ Δ₂², and the variance is (z Δ₂)².
+        coarse = (2 * orders + 5) * precision**2 / (4 * release.grid**2)
+        spent += release.count * (orders * precision / 2 + coarse)
+    return float(compute(orders, spent, delta)[0])
+
+
 @lru_cache(maxsize=256)
 def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
     """Return the ε of releases that all have noise; those without sampling are together one Gaussian release."""
@@ -100,7 +119,8 @@ def _composed(releases: tuple[Release, ...], delta: float, accountant: Accountan
     precision = sum(r.count / r.noise_multiplier**2 for r in releases if r.rate >= 1)
     if accountant == "pld" and not sampled:
         exact: Any = registry.load_object("dp_accounting:get_epsilon_gaussian")
-        return float(exact(1 / math.sqrt(precision), delta))
+        with np.errstate(divide="ignore"):  # far in the tail it takes the logarithm of 0, and means it
+            return float(exact(1 / math.sqrt(precision), delta))
     gaussian: Any = registry.load_object("dp_accounting:GaussianDpEvent")
     poisson: Any = registry.load_object("dp_accounting:PoissonSampledDpEvent")
     if accountant == "pld":
@@ -131,7 +151,9 @@ def _quiet() -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def noise_for(target: float, delta: float, rate: float, count: int, accountant: Accountant = "pld") -> float:
+def noise_for(
+    target: float, delta: float, rate: float, count: int, accountant: Accountant = "pld", grid: float = math.inf
+) -> float:
     """Return the smallest noise multiplier (to ``PRECISION``, rounded up) with which ``count`` releases meet an ε.
 
     Raises:
@@ -139,7 +161,7 @@ def noise_for(target: float, delta: float, rate: float, count: int, accountant: 
     """
 
     def enough(noise: float) -> bool:
-        return epsilon([Release(noise, rate, count)], delta, accountant) <= target
+        return epsilon([Release(noise, rate, count, grid)], delta, accountant) <= target
 
     high = 1.0
     while not enough(high):
@@ -154,7 +176,7 @@ def noise_for(target: float, delta: float, rate: float, count: int, accountant: 
         high, low = low, low / 2
 
     def excess(exponent: float) -> float:
-        found = epsilon([Release(math.exp(exponent), rate, count)], delta, accountant)
+        found = epsilon([Release(math.exp(exponent), rate, count, grid)], delta, accountant)
         return math.log(max(found, target / 10) / target)
 
     if not enough(low):

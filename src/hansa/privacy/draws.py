@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,17 +86,34 @@ class Secret:
         chacha = registry.load_object("randomgen:ChaCha")
         return np.random.Generator(chacha(key=int.from_bytes(self.derive(*labels), "little"), rounds=20))
 
+    def skellam(self, shape: tuple[int, ...], variance: float, *labels: int | str) -> Leaf:
+        """Return whole draws (float64) of mean 0: differences of two Poisson ones, whose variances add up exactly."""
+
+        def block(number: int, stop: int) -> Array:
+            size = min(BLOCK, stop - number * BLOCK)
+            generator = self.generator(*labels, number)
+            drawn = generator.poisson(variance / 2, size) - generator.poisson(variance / 2, size)
+            return drawn.astype(np.float64)
+
+        return _in_blocks(shape, np.dtype(np.float64), block)
+
     def gaussian(self, shape: tuple[int, ...], dtype: np.dtype[np.generic], std: float, *labels: int | str) -> Leaf:
         """Return normal draws of standard deviation ``std``, made a block at a time where they are read."""
 
         def block(number: int, stop: int) -> Array:
             size = min(BLOCK, stop - number * BLOCK)
-            return self.generator(*labels, number).standard_normal(size)
+            return self.generator(*labels, number).standard_normal(size) * std
 
-        def read(start: int, stop: int, memo: Memo) -> Array:
-            first = start // BLOCK
-            drawn = [block(number, stop) for number in range(first, -(-stop // BLOCK))]
-            whole = np.concatenate(drawn) if drawn else np.empty(0)
-            return (whole[start - first * BLOCK :] * std).astype(dtype)
+        return _in_blocks(shape, np.dtype(dtype), block)
 
-        return Leaf(shape, np.dtype(dtype), read)
+
+def _in_blocks(shape: tuple[int, ...], dtype: np.dtype[np.generic], block: Callable[[int, int], Array]) -> Leaf:
+    """Return a leaf of ``block(number, stop)``: the elements of one whole block, or up to ``stop``."""
+
+    def read(start: int, stop: int, memo: Memo) -> Array:
+        first = start // BLOCK
+        drawn = [block(number, stop) for number in range(first, -(-stop // BLOCK))]
+        whole = np.concatenate(drawn) if drawn else np.empty(0)
+        return whole[start - first * BLOCK :].astype(dtype)
+
+    return Leaf(shape, dtype, read)

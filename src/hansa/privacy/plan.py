@@ -11,15 +11,16 @@ the sites        all sites but one's own together; they get every round's model,
 the server       its operator, who sees every update as it arrives
 ===============  ============================================================================================
 
-=========  ==========================  ======================  ===========================  =================
-mechanism  unit                        neighbours              the public and the sites     the server
-=========  ==========================  ======================  ===========================  =================
-central    a site (a user's device)    one added or removed    ε, by sampling for those     nothing
+===========  ========================  ======================  ===========================  =================
+mechanism    unit                      neighbours              the public and the sites     the server
+===========  ========================  ======================  ===========================  =================
+central      a site (a user's device)  one added or removed    ε, by sampling for those     nothing
                                                                who can't see the cohort
-local      a site (a user's device)    its data replaced       ε over all rounds            the same ε
-dp-sgd     an example                  one added or removed    ε of each site by itself     the same ε
-dp-ftrl    a site (a user's device)    one added or removed    ε, without sampling          nothing
-=========  ==========================  ======================  ===========================  =================
+local        a site (a user's device)  its data replaced       ε over all rounds            the same ε
+dp-sgd       an example                one added or removed    ε of each site by itself     the same ε
+dp-ftrl      a site (a user's device)  one added or removed    ε, without sampling          nothing
+distributed  a site (a user's device)  one added or removed    ε, without sampling          the same ε
+===========  ========================  ======================  ===========================  =================
 
 What no ε here covers stands in every plan: :data:`NOT_COVERED`.
 """
@@ -37,8 +38,12 @@ from hansa.privacy.accounting import Release, epsilon, noise_for
 FEW_SITES = 100
 """With fewer sites than this, noise that hides a whole site hides most of what is learned."""
 
+GRID = 2.0**23
+"""How many steps of the grid of distributed noise the clip has at least; at most twice that."""
+
 SLACK = 1 + 2.0**-8
-"""What an update's norm may exceed the clip by, through rounding to half precision; noise is that much larger."""
+"""What an update's norm may exceed the clip by, through rounding to half precision, and to the grid of distributed
+noise (by half a step an element, of up to 10⁹ elements); noise is that much larger."""
 
 NOT_COVERED = (
     "metrics on held-out data",
@@ -78,6 +83,8 @@ class Terms:
                 return 2 * noise_for(section.epsilon, section.delta, 1.0, self.rounds, section.accountant)
             case "dp-ftrl":
                 return noise_for(section.epsilon, section.delta, 1.0, 1, section.accountant)
+            case "distributed":
+                return noise_for(section.epsilon, section.delta, 1.0, self.rounds, section.accountant, GRID)
             case _:
                 return noise_for(section.epsilon, section.delta, self.rate, self.rounds, section.accountant)
 
@@ -89,6 +96,8 @@ class Terms:
                 return [Release(self.noise_multiplier / 2, 1.0, self.rounds)]
             case "dp-ftrl":  # all rounds together are one release, of the noise before it is correlated
                 return [Release(self.noise_multiplier)]
+            case "distributed":
+                return [Release(self.noise_multiplier, 1.0, self.rounds, GRID)]
             case _:
                 return [Release(self.noise_multiplier, self.rate, self.rounds)]
 
@@ -163,7 +172,12 @@ def terms_of_job(job: Job) -> Terms | None:
             "dp-ftrl's sites take turns, and none is drawn. Leave cohort.sample out; privacy.separation = 10 asks a "
             "tenth of the sites in each round."
         )
-    return Terms(section, job.rounds, _rate(job) if section.mechanism == "central" else 1.0)
+    if section.mechanism == "distributed" and job.secure_aggregation is None:
+        raise PrivacyError(
+            "Of distributed noise each site adds a share that hides nothing by itself: only a sum that nobody sees "
+            "apart is private. Add [secure_aggregation], or use mechanism 'local'."
+        )
+    return Terms(section, job.rounds, _rate(job) if section.mechanism in ("central", "distributed") else 1.0)
 
 
 def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | None:
@@ -210,6 +224,13 @@ def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | 
                 f"sites take turns, each every {section.separation} rounds" if section.separation > 1 else "everybody"
             )
             return PrivacyPlan(terms, shown, "one site added or removed", turns, (*claims, server), warnings)
+        case "distributed":
+            because = "each site adds a share of the noise before its update is masked; no sampling is assumed"
+            claims = tuple(Claim(who, spent, because) for who in ("the public", "the sites"))
+            sums = Claim(
+                "the server", spent, "it sees sums only, with as many corrupt sites as secure_aggregation says"
+            )
+            return PrivacyPlan(terms, shown, "one site added or removed", "none is assumed", (*claims, sums), warnings)
         case _:
             seen = epsilon([Release(terms.noise_multiplier, 1.0, job.rounds)], section.delta, section.accountant)
             public = Claim("the public", spent, f"each round asks each site with probability {terms.rate:g}, in secret")

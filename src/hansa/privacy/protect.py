@@ -22,6 +22,7 @@ Guarantees, each held by a test:
 | a cohort of nobody, or a dp-ftrl round after every site's last turn | a step of noise alone |
 | a NaN or infinite update | NonFiniteError at the site, which is then absent |
 | an update of zeros | sent as it is; its norm is not above the clip |
+| distributed noise, and fewer sites than its shares are for | no sum is shown: the quorum of the masks is that number |
 | σ_b too small for z (z ≥ 2σ_b) | PrivacyError: the count alone would spend more than is promised |
 """
 
@@ -38,14 +39,14 @@ from hansa.core import bound
 from hansa.core import tree as trees
 from hansa.core.filter import Filter, Given
 from hansa.core.fit import Trait
-from hansa.core.lazy import Leaf
+from hansa.core.lazy import Leaf, apply
 from hansa.core.strategy import Notes, Strategy
 from hansa.core.tree import Parts, Spec, Tree
 from hansa.core.values import WEIGHT_SCALE, Aggregate, Model, Update
 from hansa.errors import NonFiniteError, PrivacyError
 from hansa.privacy.draws import Secret
 from hansa.privacy.matrix import factorised
-from hansa.privacy.plan import SLACK, Terms
+from hansa.privacy.plan import GRID, SLACK, Terms
 
 CLIP = "clip"
 """The part of the state, and of plans, that holds an adaptive clip."""
@@ -109,18 +110,22 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
         return float(np.asarray(state[CLIP]["norm"])) if adaptive else section.clip
 
     def step(model: Model, state: Parts, aggregate: Aggregate) -> tuple[Model, Parts, Notes]:
-        assert secret is not None, "only the server steps, and it has the run's secret"
         clip, expected = clip_of(state), terms.rate * aggregate.population / section.separation
+        if section.mechanism == "distributed":
+            expected = math.ceil(expected)
         noise, count_noise = _noises(terms, expected)
         std = noise * clip * SLACK
         sums = {part: aggregate.sums.get(part) or _zeros(model) for part in strategy.weighed}
-        sums = noised(sums, _draws(terms, secret, std, model.version))
+        if section.mechanism != "distributed":
+            assert secret is not None, "only the server steps, and it has the run's secret"
+            sums = noised(sums, _draws(terms, secret, std, model.version))
         released = replace(aggregate, sums=sums, weight=expected, count=expected, metrics={})
         stepped, inner, notes = strategy.step(model, _inner(state), released)
         notes = {**notes, "clip": clip, "noise": std / expected}
         if adaptive is None:
             return stepped, inner, notes
         halves = aggregate.sums.get(COUNT, {"half": np.zeros(())})["half"]
+        assert secret is not None, "an adaptive clip is the server's"
         drawn = secret.generator(model.version, COUNT).normal(0.0, count_noise)
         share = (float(np.asarray(halves)) + drawn) / expected + 0.5
         clip *= math.exp(-adaptive.lr * (share - adaptive.quantile))
@@ -138,7 +143,7 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
         init=init,
         sent=sent,
         step=step,
-        select=select,
+        select=None if section.mechanism == "distributed" else select,
         bound=lambda state: clip_of(state) * SLACK,
         weighed={**strategy.weighed, **({COUNT: False} if adaptive else {})},
         extra={**strategy.extra, **({COUNT: {"half": Spec("float32", ())}} if adaptive else {})},
@@ -162,6 +167,45 @@ def noised(parts: Parts, draw: Callable[..., Leaf]) -> dict[str, Tree]:
         part: {name: hidden(leaf, part, name) for name, leaf in trees.leaves(tree).items()}
         for part, tree in parts.items()
     }
+
+
+def grid_of(clip: float) -> float:
+    """Return the step of the grid that distributed noise is whole on: a power of two, of which the clip has 2²³ to 2²⁴.
+
+    >>> grid_of(1.0) == 2.0**-23, grid_of(0.75) == 2.0**-24
+    (True, True)
+    """
+    return 2.0 ** math.floor(math.log2(clip / GRID))
+
+
+def share_of_noise(parts: Parts, terms: Terms, honest: int, secret: Secret, *labels: int | str) -> dict[str, Tree]:
+    """Return a site's bounded ``parts`` rounded to the grid, with its share of distributed noise: whole Skellam draws.
+
+    The shares of ``honest`` sites are all of the noise, so it suffices for every sum that is ever shown, also to those
+    who know the other sites' shares (Agarwal, Kairouz and Liu 2021, arXiv:2110.04995).
+    """
+    grid = grid_of(terms.section.clip)
+    variance = deviation_of_share(terms, honest, grid) ** 2
+
+    return {
+        part: {
+            name: trees.tensor(
+                (_rounded(leaf, grid) + secret.skellam(leaf.shape, variance, *labels, part, name)) * grid
+            )
+            for name, leaf in trees.leaves(tree).items()
+        }
+        for part, tree in parts.items()
+    }
+
+
+def deviation_of_share(terms: Terms, honest: int, grid: float) -> float:
+    """Return the standard deviation of one site's share of the noise, in steps of the grid."""
+    return terms.noise_multiplier * terms.section.clip * SLACK / grid / math.sqrt(honest)
+
+
+def _rounded(leaf: Any, grid: float) -> Leaf:
+    wide = (leaf if trees.is_leaf(leaf) else Leaf.of(np.asarray(leaf))).astype(np.float64)
+    return apply(np.rint, wide * (1 / grid))
 
 
 def _draws(terms: Terms, secret: Secret, std: float, round: int) -> Callable[..., Leaf]:

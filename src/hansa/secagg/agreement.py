@@ -10,25 +10,40 @@ Sessions are numbered in the order in which they come: two for each round, its t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from hansa.core.config import PrivacySection, SecureAggregationSection
+from hansa.core.config import SecureAggregationSection
 from hansa.core.values import WEIGHT_SCALE, Task
 from hansa.errors import PrivacyError
 from hansa.secagg.protocol import Terms
 from hansa.secagg.ring import SCALARS, WEIGHT, Encoding, Range, encoding
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one site may put into the ring.
+
+    Attributes:
+        largest: the magnitude of an element, before it is weighed.
+        heaviest: the weight.
+        step: the coarsest that an element may be rounded to.
+    """
+
+    largest: float
+    heaviest: float
+    step: float
+
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """part -> tensor -> shape."""
 
 STEP = 1e-9
 _FINE, _FINEST = 2.0**-20, 2.0**-36
-_ROUNDED = 1.01
-"""What a clipped update's largest element may be over the clip, through rounding to half precision."""
 
 
 def terms(
     section: SecureAggregationSection,
-    private: PrivacySection | None,
+    bounds: Bounds,
     job: str,
     number: int,
     attempt: int,
@@ -40,7 +55,7 @@ def terms(
 
     Args:
         section: the job's words.
-        private: its privacy plan, whose clip bounds updates.
+        bounds: what one site's update is bounded by (:func:`bounds_of`, or a privacy plan's own).
         job: what the sites' states are kept by.
         number: the session's (:func:`number_of`).
         attempt: from 1.
@@ -51,15 +66,11 @@ def terms(
     Raises:
         PrivacyError: terms that protect nobody, or sums that could wrap.
     """
-    clipped = private is not None and private.mechanism in ("central", "dp-ftrl")
-    fixed = clipped and private is not None and private.adaptive_clip is None
-    heaviest = 1.0 if clipped or not shapes else section.weight_cap / WEIGHT_SCALE  # an evaluation weighs 1
-    largest = private.clip * _ROUNDED if private is not None and fixed else section.range
-    step = section.step or (largest * _FINE if fixed else STEP)
+    heaviest = bounds.heaviest if shapes else 1.0  # an evaluation weighs 1
 
     def span(part: str, shape: tuple[int, ...]) -> Range:
-        bound = largest * (heaviest if weighed.get(part) else 1.0)
-        return Range(-bound, bound, step, shape)
+        most = bounds.largest * (heaviest if weighed.get(part) else 1.0)
+        return Range(-most, most, bounds.step, shape)
 
     ranges = {part: {name: span(part, shape) for name, shape in tree.items()} for part, tree in shapes.items()}
     fine = _FINE if shapes else _FINEST  # where tensors need the narrow ring, metrics make do with it
@@ -75,6 +86,11 @@ def terms(
         corrupt=section.corrupt,
         dropout=section.dropout,
     )
+
+
+def bounds_of(section: SecureAggregationSection) -> Bounds:
+    """Return what updates are bounded by where no privacy plan bounds them."""
+    return Bounds(section.range, section.weight_cap / WEIGHT_SCALE, section.step or STEP)
 
 
 def number_of(round: int, task: Task) -> int:
@@ -98,7 +114,7 @@ def shapes_in(ring: Encoding) -> Shapes:
 def check(
     proposed: Terms,
     section: SecureAggregationSection,
-    private: PrivacySection | None,
+    bounds: Bounds,
     job: str,
     weighed: Mapping[str, bool],
 ) -> None:
@@ -109,7 +125,7 @@ def check(
     """
     own = terms(
         section,
-        private,
+        bounds,
         job,
         proposed.round,
         proposed.attempt,

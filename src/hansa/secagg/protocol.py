@@ -62,7 +62,7 @@ each that is whole, and after a restart does both again.
 | an older round or attempt than the state's | PrivacyError |
 | a site that is left out of the survivors | SiteError: its values are not in the sum; nothing of it is revealed |
 | too few shares of one site | QuorumError; the sum stays masked, and no part of it is shown |
-| a state that is damaged, or of another format | WireError, VersionError |
+| a state that is damaged, or of another format | ChecksumError, VersionError |
 
 **Not promised.** A site that takes part can spoil a sum (not learn from it); which one did is told where it can be. The
 server sees who takes part and who drops out. A sum can say much about one of few, or about one that it differs from
@@ -79,7 +79,7 @@ from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 
-from hansa.errors import AccessError, HansaError, PrivacyError, WireError
+from hansa.errors import AccessError, ChecksumError, HansaError, PrivacyError, VersionError, WireError
 from hansa.secagg import graph, keys
 from hansa.secagg.ring import Encoding
 
@@ -266,14 +266,46 @@ def pack(value: msgspec.Struct) -> bytes:
     return msgspec.msgpack.encode(value)
 
 
-def unpack(data: bytes, kind: type[M], limit: int | None = MAX_BYTES) -> M:
-    """Read a message or, without a limit, a state of one's own: a server's grows with its sites and their neighbours.
+def pack_state(state: msgspec.Struct) -> bytes:
+    """Return the bytes of a state, with a digest by which damage is found."""
+    body = pack(state)
+    return hashlib.sha256(body).digest() + body
+
+
+def unpack_state(data: bytes, kind: type[M]) -> M:
+    """Read a state. Whoever stored it had checked what is in it, so only damage is looked for; any size is read.
 
     Raises:
-        WireError: the bytes are none of this kind, or more than the limit.
+        ChecksumError: it is damaged; WireError: it is none of this kind; VersionError: it is of another format.
     """
-    if limit is not None and len(data) > limit:
-        raise WireError(f"Secure aggregation: a message of {len(data):,} bytes; more than {limit:,} are not read.")
+    body = data[32:]
+    if hashlib.sha256(body).digest() != data[:32]:
+        raise ChecksumError(
+            "A stored state of secure aggregation is damaged. Delete it once this round is over, not before: it said "
+            "what had been revealed."
+        )
+    found = _decoded(body, _Format).format
+    if found != FORMAT:
+        raise VersionError(f"This state of secure aggregation is of format {found}; this release reads {FORMAT}.")
+    return _decoded(body, kind)
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+def unpack(data: bytes, kind: type[M]) -> M:
+    """Read a message.
+
+    Raises:
+        WireError: the bytes are none of this kind, or more than ``MAX_BYTES``.
+    """
+    if len(data) > MAX_BYTES:
+        raise WireError(f"Secure aggregation: a message of {len(data):,} bytes; more than {MAX_BYTES:,} are not read.")
+    return _decoded(data, kind)
+
+
+def _decoded(data: bytes, kind: type[M]) -> M:
     try:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
@@ -315,14 +347,8 @@ class Session:
     adverts: Mapping[str, Advert]
 
     @classmethod
-    def of(cls, terms: Terms, roll: Roll, checker: Checker | None) -> Session:
+    def of(cls, terms: Terms, roll: Roll, checker: Checker) -> Session:
         """Check a roll and return its session.
-
-        Args:
-            terms: what was agreed on.
-            roll: who takes part.
-            checker: tells the signatures; None for a roll that was checked before it was stored. So a session goes on
-                though a certificate has expired meanwhile.
 
         Raises:
             AccessError: an advert was not signed by the site that it names.
@@ -332,15 +358,19 @@ class Session:
         names = [advert.site for advert in roll.adverts]
         if names != sorted(set(names)):
             raise terms.refusal("the roll is not in order, or a site is there twice")
-        if checker is not None:
-            for advert in roll.adverts:
-                check_advert(terms, advert, checker)
+        for advert in roll.adverts:
+            check_advert(terms, advert, checker)
         public = [key for advert in roll.adverts for key in (advert.channel, advert.mask)]
         if len(set(public)) < len(public):
             raise terms.refusal("two public keys of the roll are the same")
-        session = cls(terms, {advert.site: advert for advert in roll.adverts})
+        session = cls.known(terms, roll)
         assert session.shape.quorum <= len(names), "a shape is refused to fewer"
         return session
+
+    @classmethod
+    def known(cls, terms: Terms, roll: Roll) -> Session:
+        """Return the session of a roll that was checked before it was stored."""
+        return cls(terms, {advert.site: advert for advert in roll.adverts})
 
     @cached_property
     def digest(self) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from hansa.errors import PrivacyError, QuorumError, SiteError, VersionError, WireError
+from hansa.errors import PrivacyError, QuorumError, SiteError, WireError
 from hansa.secagg import keys, shamir
 from hansa.secagg import protocol as p
 
@@ -31,10 +31,6 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="secag
     reveals: dict[str, p.Reveal] | None = None
 
 
-class _Format(msgspec.Struct, tag="secagg-server"):
-    format: int
-
-
 S = TypeVar("S", p.Advert, p.Shares, p.Vote, p.Reveal)
 
 
@@ -48,7 +44,7 @@ class Server:
         stored: what was stored last for this session.
 
     Raises:
-        WireError, VersionError: the stored state can't be read, or is another session's.
+        ChecksumError, VersionError, WireError: the stored state can't be read, or is another session's.
     """
 
     def __init__(self, terms: p.Terms, checker: p.Checker, store: p.Store, stored: bytes | None = None) -> None:
@@ -61,20 +57,17 @@ class Server:
         self._reveals: dict[str, p.Reveal] = {}
         self._session: p.Session | None = None
         if self._state.roll is not None:
-            self._session = p.Session.of(terms, self._state.roll, None)
+            self._session = p.Session.known(terms, self._state.roll)
 
     def _read(self, stored: bytes) -> _State:
-        found = p.unpack(stored, _Format, None).format
-        if found != p.FORMAT:
-            raise VersionError(f"This state of secure aggregation is of format {found}; this release reads {p.FORMAT}.")
-        state = p.unpack(stored, _State, None)
+        state = p.unpack_state(stored, _State)
         if state.terms != self._terms:
             raise self._terms.malformed("the server's stored state is another session's")
         return state
 
     def _keep(self, **changes: object) -> None:
         state: _State = msgspec.structs.replace(self._state, **changes)
-        self._store(p.pack(state))
+        self._store(p.pack_state(state))
         self._state = state
 
     def _refused(self, site: str, why: str) -> SiteError:
@@ -247,8 +240,8 @@ class Server:
         return self._state.survivors or ()
 
     @property
-    def complete(self) -> bool:
-        """Whether enough shares are durable: nobody needs to be asked any more."""
+    def is_recovered(self) -> bool:
+        """Whether shares are closed, so that :meth:`close_reveals` needs no site any more."""
         return self._state.reveals is not None
 
     # unmask

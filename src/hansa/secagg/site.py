@@ -18,7 +18,7 @@ import numpy as np
 
 from hansa.core.lazy import BLOCK, Array, Leaf, Memo
 from hansa.core.tree import Parts
-from hansa.errors import HansaError, SiteError, VersionError, WireError
+from hansa.errors import HansaError, SiteError, WireError
 from hansa.secagg import keys, shamir
 from hansa.secagg import protocol as p
 from hansa.secagg.ring import Vector
@@ -50,10 +50,6 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="secag
     revealed: dict[str, Kind] = {}
 
 
-class _Format(msgspec.Struct, tag="secagg-site"):
-    format: int
-
-
 class Site:
     """One site in one session; not for two threads at once.
 
@@ -66,7 +62,7 @@ class Site:
 
     Raises:
         PrivacyError: the stored state is of a later session, or of an attempt whose shares were revealed already.
-        WireError, VersionError: the stored state can't be read, or is another job's or site's.
+        ChecksumError, VersionError, WireError: the stored state can't be read, or is another job's or site's.
     """
 
     def __init__(
@@ -84,20 +80,17 @@ class Site:
                 self._succeed(last)
             self._state = _State(p.FORMAT, terms, name, secrets.token_bytes(keys.KEY_BYTES))
         if self._state.roll is not None:
-            self._session = self._of(self._state.roll, None)
+            self._session = p.Session.known(terms, self._state.roll)
 
-    def _of(self, roll: p.Roll, checker: p.Checker | None) -> p.Session:
+    def _of(self, roll: p.Roll) -> p.Session:
         try:
-            return p.Session.of(self._terms, roll, checker)
+            return p.Session.of(self._terms, roll, self._signer)
         except HansaError as error:
             error.site = error.site or self._name
             raise
 
     def _read(self, stored: bytes) -> _State:
-        found = p.unpack(stored, _Format, None).format
-        if found != p.FORMAT:
-            raise VersionError(f"This state of secure aggregation is of format {found}; this release reads {p.FORMAT}.")
-        last = p.unpack(stored, _State, None)
+        last = p.unpack_state(stored, _State)
         if (last.terms.job, last.site) != (self._terms.job, self._name):
             raise self._malformed(f"the state stored here is of site {last.site!r} in job {last.terms.job!r}")
         return last
@@ -136,7 +129,7 @@ class Site:
     def _keep(self, **changes: object) -> None:
         """Make a change durable; only then does it count."""
         state: _State = msgspec.structs.replace(self._state, **changes)
-        self._store(p.pack(state))
+        self._store(p.pack_state(state))
         self._state = state
 
     def _secret(self, purpose: str) -> bytes:
@@ -177,7 +170,7 @@ class Site:
         """
         self._secret("seed")
         message = p.receive(self._terms, roll, p.Roll, self._name)
-        session = self._of(message, self._signer)
+        session = self._of(message)
         mine = session.adverts.get(self._name)
         if mine is None or self._state.advert is None or mine.content() != self._state.advert.content():
             raise self._refusal("the roll does not have this site's own keys")

@@ -11,8 +11,9 @@ dp-ftrl    once for all rounds            one release, in the same way; the serv
 =========  =============================  ===========================================================================
 
 What a site tells beside updates is not charged: counts and labels of its data, and metrics on held-out data. Where a
-budget is kept the pieces of a job are checked here too, whatever the server has checked, and all but its training code
-must be Hansa's own. Training code of a signer whom the site trusts can do what it likes with the data.
+budget is kept or a mechanism required, the pieces of a job are checked here too, whatever the server has checked, and
+all but its training code must be Hansa's own. Training code of a signer whom the site trusts can do what it likes with
+the data. In a simulation there are no ledgers: the data are the researcher's own.
 
 | case | result |
 |---|---|
@@ -22,7 +23,7 @@ must be Hansa's own. Training code of a signer whom the site trusts can do what 
 | the pieces of the job do not keep the promise; its noise can't be found | PolicyError, nothing charged |
 | the ledger was tampered with | PolicyError; the agent's log says what was found |
 | the certificate was renewed | the ledger's next head is signed with it |
-| ... with a new key, and the old one no longer counts | StorageError, until the owner has sealed it again |
+| ... with a new key, and the old one no longer counts | tampered with, until `hansa site budget --seal NAME` |
 """
 
 from __future__ import annotations
@@ -79,6 +80,18 @@ def ledger(directory: Path, data: str, kit: Kit) -> Ledger:
     return Ledger(directory / FOLDER, data, KitSeal(kit))
 
 
+def check_promise(job: Job, traits: Collection[Trait]) -> None:
+    """Raise PolicyError unless a job's pieces keep the privacy that it promises; ``traits`` are its training code's.
+
+    The server has checked the same, and this site need not believe it.
+    """
+    try:
+        course = Course(job.name, (), job.strategy, tuple(job.filters), terms_of_job(job))
+        check_fit(pieces_of(job, frozenset(traits), course))
+    except (FitError, PrivacyError) as error:
+        raise PolicyError(f"The job does not keep the privacy that it promises: {error.message}") from error
+
+
 def kept(directory: Path) -> list[str]:
     """Return the data sets of which the site in ``directory`` has a ledger."""
     return sorted(path.stem for path in (directory / FOLDER).glob("*.head"))
@@ -100,27 +113,23 @@ class Account:
         self._digest = digest
         self._id = id
 
-    def charge(self, job: Job, traits: Collection[Trait], examples: int, task: str, round: int) -> None:
+    def charge(self, job: Job, examples: int, task: str, round: int) -> None:
         """Charge a round, durably, before it is trained.
 
         Args:
             job: what was signed.
-            traits: of its training code.
             examples: how many the site trains on.
             task: the task's name.
             round: its round.
 
         Raises:
-            PolicyError: the budget does not allow it, the job's pieces do not keep its promise, or the ledger was
-                tampered with.
+            PolicyError: the budget does not allow it, no noise gives the job's ε, or the ledger was tampered with.
             StorageError: the ledger can't be written.
         """
         try:
-            course = Course(job.name, (), job.strategy, tuple(job.filters), terms_of_job(job))
-            check_fit(pieces_of(job, frozenset(traits), course))
             unit, release = _release(job, examples)
-        except (FitError, PrivacyError) as error:
-            raise PolicyError(f"The job does not keep the privacy that it promises: {error.message}") from error
+        except PrivacyError as error:
+            raise PolicyError(error.message) from error
         assert job.privacy is not None, "the site's policy was held"
         mechanism = job.privacy.mechanism
         key = ALL_ROUNDS if mechanism == "dp-ftrl" else task
@@ -159,7 +168,7 @@ def _release(job: Job, examples: int) -> tuple[Literal["example", "user"], Relea
     """Return whom a round hides, and what it releases to somebody who knows that it was trained."""
     if (begin := noisy_steps(job)) is not None:
         if not examples:
-            raise PrivacyError("the site has no examples to train on.")
+            raise PrivacyError("The site has no examples to train on.")
         steps = begin(examples)
         return "example", Release(steps.terms.noise_multiplier, steps.terms.rate, steps.count)
     terms = terms_of_job(job)

@@ -259,7 +259,7 @@ class JoinedJob:
             self._sessions().exchange,
             given.course,
             job.secure_aggregation,
-            None if course.terms is None else course.terms.section,
+            course.terms,
             weighed,
             self._site,
             given.kind,  # type: ignore[arg-type]

@@ -39,8 +39,8 @@ from hansa.secagg.protocol import Terms
 from hansa.site.settings import DataPaths, Policy, SiteSettings
 from hansa.transport.messages import Assignment
 from hansa.workers.runner import num_threads
-from hansa.workers.secure import MASKED, VECTOR
 from hansa.workflows.scatter_gather import sample
+from hansa.workflows.secure import MASKED, VECTOR
 
 PLACE = "site"
 
@@ -118,11 +118,13 @@ def _require_privacy(job: Job, settings: SiteSettings) -> None:
                 f"The job has {shown}, and {data!r} has a privacy budget for one {budget.unit} against the "
                 f"{budget.adversary}. Use one of: {', '.join(sorted(enough))}."
             )
-        own = {"strategies": [job.strategy.name], "filters": [item.name for item in job.filters]}
-        for family, names in {**own, "workflows": [job.workflow.name]}.items():
-            if strange := [name for name in names if name not in registry.TABLES[family]]:
-                raise PolicyError(f"{data!r} has a privacy budget, so {strange[0]!r} may not be among its {family}.")
-    if job.baselines.local and (budget is not None or rules.require is not None):
+    if budget is None and rules.require is None:
+        return
+    own = {"strategies": [job.strategy.name], "filters": [item.name for item in job.filters]}
+    for family, names in {**own, "workflows": [job.workflow.name]}.items():
+        if strange := [name for name in names if name not in registry.TABLES[family]]:
+            raise PolicyError(f"This site checks what a job promises, so {strange[0]!r} may not be among its {family}.")
+    if job.baselines.local:
         raise PolicyError("baselines.local sends what no noise hides. Set baselines.local = false.")
 
 
@@ -167,8 +169,9 @@ def check_session(proposed: Terms, job: Job, given: Assignment) -> Task:
             f"The server announced round {given.round} of {given.course!r}, and begins session {proposed.round} of "
             "secure aggregation, which is another's."
         )
-    signed, drawn = job.cohort.sites, job.privacy is None
-    if signed is not None and (judged or drawn):
+    signed = job.cohort.sites
+    in_secret = job.privacy is not None and job.privacy.mechanism in ("central", "dp-ftrl")
+    if signed is not None and (judged or not in_secret):
         asked = tuple(sorted(signed)) if judged else sample(sorted(signed), job.cohort.sample, job.seed, number)
         if proposed.sites != asked:
             raise PolicyError(

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from hansa import bundle as bundles
 from hansa.bundle import Bundle
 from hansa.core import settle, wire
@@ -27,7 +29,7 @@ from hansa.site import policy
 from hansa.site.settings import FILE, SiteSettings, load
 from hansa.site.warm import WarmWorker, whole
 from hansa.workers.messages import Absent, Answered, Initial, Inspect, Inspected, Perform
-from hansa.workers.runner import Course
+from hansa.workers.runner import SECURE, Course
 
 UNSIGNED = "(nobody: not signed)"
 
@@ -106,7 +108,7 @@ async def _tried(worker: WarmWorker, job: Job, site: str, settings: SiteSettings
     await worker.ask(job, lambda ticket, threads: Initial(ticket, threads, str(first)))
     plan = await whole(lambda: _plan(job, first, planned))
     policy.check_size(planned.stat().st_size, settings.policy)
-    form = course_form(job, job.name, "train", site)
+    form = msgspec.structs.replace(course_form(job, job.name, "train", site), secure=None)  # it leaves for nowhere
     limit = settings.policy.max_task_s
     try:
         async with asyncio.timeout(limit):

@@ -103,13 +103,12 @@ class SecureSites:
         """Answer messages, site by site; what goes wrong at one is its absence."""
         assert course.secure is not None, "the course has its updates masked"
         strategy, _ = course.pieces()
-        private = None if course.terms is None else course.terms.section
         sessions = self._sessions()
         answers: dict[str, bytes | Absence] = {}
         for site, letter in letters.items():
             try:
                 answers[site] = sessions.exchange(
-                    course.name, course.secure, private, strategy.weighed, site, phase, letter
+                    course.name, course.secure, course.terms, strategy.weighed, site, phase, letter
                 )
             except HansaError as error:
                 answers[site] = Absence(site, "refused", error.message)
@@ -122,7 +121,7 @@ class SecureSites:
             HansaError: it can't be masked; nothing of it is to be sent.
         """
         assert course.secure is not None, "the course has its updates masked"
-        masked: Update = self._sessions().masked(course.name, update, task, course.secure.metrics)
+        masked: Update = self._sessions().masked(course.name, update, task, course.secure, course.terms)
         return masked
 
     @property

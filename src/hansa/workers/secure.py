@@ -26,18 +26,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hansa.core import storage
 from hansa.core import tree as trees
-from hansa.core.config import PrivacySection, SecureAggregationSection
+from hansa.core.config import SecureAggregationSection
 from hansa.core.ports import Phase
 from hansa.core.values import Task, Update
 from hansa.errors import AccessError, HansaError, PrivacyError
 from hansa.privacy.draws import Secret
+from hansa.privacy.plan import Terms
+from hansa.privacy.protect import share_of_noise
 from hansa.secagg import agreement, protocol
 from hansa.secagg.protocol import Signer
 from hansa.secagg.ring import summands
 from hansa.secagg.site import Site
-
-MASKED, VECTOR = "masked", "vector"
-"""The one part, and the one tensor, of a masked update."""
+from hansa.workflows.secure import MASKED, VECTOR, bounds_of, honest_of
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -65,7 +65,7 @@ class Sessions:
         self,
         course: str,
         section: SecureAggregationSection,
-        private: PrivacySection | None,
+        private: Terms | None,
         weighed: Mapping[str, bool],
         site: str,
         phase: Phase,
@@ -78,7 +78,13 @@ class Sessions:
         """
         if phase == "advertise":
             proposed = protocol.unpack(letter, protocol.Terms)
-            agreement.check(proposed, section, private, self._scope + course, weighed)
+            agreement.check(
+                proposed,
+                section,
+                bounds_of(section, private, len(proposed.sites)),
+                self._scope + course,
+                weighed,
+            )
             return self._open(course, site, letter).advertise()
         session = self._open(course, site)
         match phase:
@@ -95,8 +101,12 @@ class Sessions:
                     session.finish()
         return b""
 
-    def masked(self, course: str, update: Update, task: Task, metrics: Mapping[str, float]) -> Update:
-        """Return ``update`` as one masked vector, its weight and its ``metrics`` in it; nothing of it stands beside.
+    def masked(
+        self, course: str, update: Update, task: Task, section: SecureAggregationSection, private: Terms | None
+    ) -> Update:
+        """Return ``update`` as one masked vector, its weight and the job's metrics in it; nothing of it stands beside.
+
+        Where the job's noise is distributed this site's share of it is added before.
 
         Raises:
             PrivacyError: no session was set up for it, a value is outside its range, or a metric is missing.
@@ -109,6 +119,7 @@ class Sessions:
                 site=update.site,
                 round=update.round,
             )
+        metrics = section.metrics
         missing = sorted(metrics.keys() - update.sums.keys())
         if missing and update.sums:  # a private job's training has none: zeros stand for them
             raise PrivacyError(
@@ -117,7 +128,12 @@ class Sessions:
                 site=update.site,
                 round=update.round,
             )
-        summed = summands(update.parts, update.weight, {name: update.sums.get(name, 0.0) for name in metrics})
+        parts = update.parts
+        if private is not None and private.section.mechanism == "distributed" and task == "train":
+            honest = honest_of(section, len(terms.sites))
+            secret = Secret.kept(self._directory / course / f"{update.site}.noise")
+            parts = share_of_noise(parts, private, honest, secret, terms.digest().hex())
+        summed = summands(parts, update.weight, {name: update.sums.get(name, 0.0) for name in metrics})
         vector = self._open(course, update.site).masked(summed)
         return replace(update, parts={MASKED: {VECTOR: trees.tensor(vector)}}, weight=1.0, sums={}, logged={})
 

@@ -22,6 +22,7 @@ from hansa.core.tree import Layout, Tree
 from hansa.core.values import Absence, Aggregate, Logged, Plan, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError, WireError
+from hansa.privacy.plan import terms_of_job
 from hansa.workflows import secure
 from hansa.workflows.evaluate import TRAINING, Masks, Scores, evaluate
 
@@ -196,7 +197,7 @@ async def _gather_masked(
         return gathered
     expected = _expected(strategy, plan)
     found = await secure.gather(
-        job.secure_aggregation, job.privacy, cohort, plan, asked, expected, strategy.weighed, scratch
+        job.secure_aggregation, terms_of_job(job), cohort, plan, asked, expected, strategy.weighed, scratch
     )
     gathered.accepted, gathered.absent = list(found.sites), found.absent
     gathered.acknowledge = dict.fromkeys(found.sites, plan.round)

@@ -18,6 +18,7 @@ masked sum, which is on the disk before anybody is asked to unmask it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +31,14 @@ import numpy as np
 from hansa import registry
 from hansa.core import storage
 from hansa.core import tree as trees
-from hansa.core.config import PrivacySection, SecureAggregationSection
+from hansa.core.config import SecureAggregationSection
 from hansa.core.lazy import BLOCK
 from hansa.core.ports import Cohort, Handle, Phase
 from hansa.core.tree import Array, Layout, Spec, Tree
 from hansa.core.values import Absence, Plan
 from hansa.errors import FitError, HansaError, QuorumError, StorageError, WireError
+from hansa.privacy.plan import SLACK, Terms
+from hansa.privacy.protect import deviation_of_share, grid_of
 
 MASKED, VECTOR = "masked", "vector"
 """The one part, and the one tensor, of a masked update."""
@@ -73,7 +76,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
 async def gather(
     section: SecureAggregationSection,
-    private: PrivacySection | None,
+    private: Terms | None,
     cohort: Cohort,
     plan: Plan,
     asked: Sequence[str],
@@ -85,7 +88,7 @@ async def gather(
 
     Args:
         section: the job's words on secure aggregation.
-        private: its privacy plan.
+        private: the terms of its privacy plan.
         cohort: the sites.
         plan: what they are asked.
         asked: who is.
@@ -105,11 +108,40 @@ async def gather(
         raise QuorumError(f"{error.message}\n{reasons}".rstrip(), job=plan.job, round=plan.round) from error
 
 
+def bounds_of(section: SecureAggregationSection, private: Terms | None, num_sites: int) -> Any:
+    """Return what one site may put into the ring (:class:`hansa.secagg.agreement.Bounds`).
+
+    Args:
+        section: the job's words on secure aggregation.
+        private: the terms of its privacy plan, whose clip bounds updates, and whose noise is in them.
+        num_sites: how many sites are asked.
+    """
+    bounds = registry.load_object("hansa.secagg.agreement:Bounds")
+    if private is None or private.section.mechanism == "local":
+        return registry.load_object("hansa.secagg.agreement:bounds_of")(section)
+    if private.section.adaptive_clip:
+        return bounds(section.range, 1.0, section.step or 1e-9)
+    clip = private.section.clip
+    if private.section.mechanism != "distributed":
+        return bounds(clip * SLACK, 1.0, section.step or clip / (1 << 20))
+    grid = grid_of(clip)
+    noise = deviation_of_share(private, honest_of(section, num_sites), grid)
+    return bounds(clip * SLACK + (12 * noise + 16) * grid, 1.0, grid)
+
+
+def honest_of(section: SecureAggregationSection, num_sites: int) -> int:
+    """Return how many sites of every sum that is shown do not work with the server."""
+    shape = registry.load_object("hansa.secagg.graph:shape")(
+        num_sites, num_sites, section.corrupt, section.dropout, section.minimum
+    )
+    return int(shape.quorum - math.floor(section.corrupt * num_sites))
+
+
 class _Session:
     def __init__(
         self,
         section: SecureAggregationSection,
-        private: PrivacySection | None,
+        private: Terms | None,
         cohort: Cohort,
         plan: Plan,
         asked: Sequence[str],
@@ -134,7 +166,8 @@ class _Session:
         shapes = {part: {name: spec.shape for name, spec in layout.items()} for part, layout in expected.items()}
 
         def terms(attempt: int) -> Any:
-            return terms_of(section, private, self._line.scope + plan.job, number, attempt, asked, shapes, weighed)
+            bounds = bounds_of(section, private, len(asked))
+            return terms_of(section, bounds, self._line.scope + plan.job, number, attempt, asked, shapes, weighed)
 
         self.terms = terms(1)
         held = None if self._held is None else unpack(self._held.terms, terms_type)
@@ -187,7 +220,7 @@ class _Session:
             del total
             machine.close_uploads()
         survivors = machine.survivors
-        if not machine.complete:
+        if not machine.is_recovered:  # else a restart found all shares on the disk; sites may have forgotten theirs
             await self._round("vote", dict.fromkeys(survivors, machine.close_uploads()), machine.add_vote)
             votes = machine.close_votes()
             await self._round("reveal", dict.fromkeys(survivors, votes), machine.add_reveal)
