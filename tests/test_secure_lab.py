@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secure aggregation over the network: the simulation's model, whoever is killed when, and who can't take part."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+import numpy as np
+import pytest
+
+import toys
+from federations import Loopback, loopback
+from hansa.core.ports import Phase
+from hansa.core.storage import load_tree
+from hansa.errors import AccessError
+from hansa.lab import lab
+from hansa.pki.kit import Kit
+from hansa.secagg import protocol
+from hansa.secagg.agreement import terms
+from hansa.server import remote
+from hansa.simulation.run import run
+from hansa.site import joined
+from hansa.workers.runner import Course, SiteRunner
+from hansa.workflows.secure import bounds_of
+
+SITES = ("s00", "s01", "s02", "s03")
+METRICS = {"loss_sum": 1e6, "examples": 1e6}
+PHASES = get_args(Phase)
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def job(**values):
+    recipe = {"name": "toys:many", "num_sites": 4, **values.pop("recipe", {})}
+    section = {"metrics": METRICS, "corrupt": 0.0, **values.pop("secure_aggregation", {})}
+    defaults = {"rounds": 1, "cohort": {"quorum": 0.5}, "secure_aggregation": section}
+    return toys.job(recipe=recipe, **{**defaults, **values})
+
+
+def weights(folder: Path) -> np.ndarray:
+    return load_tree(folder / "model" / "model.safetensors")["w"]
+
+
+async def simulated(tmp_path: Path, **values) -> np.ndarray:
+    asked = job(output={"dir": str(tmp_path / "simulated")}, **values)
+    return weights((await asyncio.to_thread(run, asked)).directory)
+
+
+async def equals_a_simulation(tmp_path: Path, federation: Loopback, view, **values) -> None:
+    assert view.line.state == "finished", view.line.error
+    found = weights(federation.made.server / "jobs" / view.line.job)
+    assert np.abs(found - await simulated(tmp_path, **values)).max() < 1e-7
+
+
+async def attended(federation: Loopback, **rules) -> None:
+    for site in SITES:
+        federation.write(site, recipes=["toys:many"], **rules)
+    await asyncio.gather(*map(federation.start, SITES))
+
+
+def meddling(monkeypatch, change) -> None:
+    """Have the server send ``change(phase, letters)`` in place of its letters."""
+    exchange = remote.RemoteLine.exchange
+
+    async def changed(self, plan, phase, letters):
+        return await exchange(self, plan, phase, change(phase, letters))
+
+    monkeypatch.setattr(remote.RemoteLine, "exchange", changed)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+async def test_the_model_is_that_of_a_simulation_and_nobody_sees_a_sites_loss(tmp_path, strategy):
+    async with loopback(tmp_path, SITES) as federation:
+        await attended(federation)
+        asked = job(rounds=2, strategy=strategy, baselines={"base": True, "local": False})
+        async with federation.lead() as lead:
+            id = await lead.submit(asked)
+            told = [event.text async for event in lead.events(id)]
+            view = await lead.show(id)
+        await equals_a_simulation(tmp_path, federation, view, rounds=2, strategy=strategy)
+        for record in view.records:
+            assert record["accepted"] == list(SITES)
+            assert record["site_metrics"] == {}
+            assert {"loss", "train_loss"} <= record["metrics"].keys()
+        assert not [line for line in told if "loss" in line and any(site in line for site in SITES)]
+        assert not list((federation.made.server / "jobs" / id / "work").rglob("secure.*"))
+        assert not list((tmp_path / "fed").rglob("identities.key")), "the mark of simulated identities"
+        for site in SITES:
+            states = list(federation.site(site).rglob("*.secagg"))
+            assert [folder.stat().st_mode & 0o77 for folder in states] == [0], states
+
+
+async def test_a_site_that_is_gone_after_it_dealt_shares_is_recovered(tmp_path, monkeypatch):
+    """It is killed for good while it trains: its masks are taken off the others' sum."""
+    struck, perform = asyncio.Event(), joined.JoinedJob._perform
+
+    async def gone(self, job, given, *rest):
+        if self._site == "s03":
+            struck.set()
+            await asyncio.Event().wait()
+        return await perform(self, job, given, *rest)
+
+    monkeypatch.setattr(joined.JoinedJob, "_perform", gone)
+    async with loopback(tmp_path, SITES, lease_s=4.0) as federation, federation.lead() as lead:
+        await attended(federation)
+        id = await lead.submit(job())
+        await struck.wait()
+        await federation.stop("s03")
+        view = await lead.wait(id)
+        await equals_a_simulation(tmp_path, federation, view, recipe={"faults": {"s03:1": "raise"}})
+    assert view.records[0]["accepted"] == ["s00", "s01", "s02"]
+    assert [(absent["site"], absent["kind"]) for absent in view.records[0]["absent"]] == [("s03", "lost")]
+
+
+async def test_an_agent_that_dies_in_every_phase_goes_on(tmp_path, monkeypatch):
+    """Each time before its answer is on the disk, after its state is."""
+    due, struck, exchange = list(PHASES), asyncio.Event(), joined.JoinedJob._exchange
+
+    async def deadly(self, connection, job, given):
+        answer = await exchange(self, connection, job, given)
+        if self._site == "s01" and due and given.kind == due[0]:
+            del due[0]
+            struck.set()
+            await asyncio.Event().wait()
+        return answer
+
+    monkeypatch.setattr(joined.JoinedJob, "_exchange", deadly)
+    async with loopback(tmp_path, SITES) as federation, federation.lead() as lead:
+        await attended(federation)
+        id = await lead.submit(job())
+        for _ in PHASES:
+            await struck.wait()
+            struck.clear()
+            await federation.stop("s01")
+            await federation.start("s01")
+        view = await lead.wait(id)
+        await equals_a_simulation(tmp_path, federation, view)
+    assert view.records[0]["accepted"] == list(SITES)
+    assert view.records[0]["absent"] == []
+
+
+async def test_a_server_that_stops_in_every_phase_goes_on(tmp_path, monkeypatch):
+    """Before the survivors are fixed it begins another attempt, later the same one; the round's evaluation too."""
+    due, struck, exchange = [*PHASES, "vote"], threading.Event(), remote.RemoteLine.exchange
+
+    async def deadly(self, plan, phase, letters):
+        answers = await exchange(self, plan, phase, letters)
+        if due and phase == due[0] and (plan.task == "evaluate") == (len(due) == 1):
+            del due[0]
+            struck.set()
+            await asyncio.Event().wait()
+        return answers
+
+    monkeypatch.setattr(remote.RemoteLine, "exchange", deadly)
+    federation = Loopback(tmp_path, SITES)
+    try:
+        async with federation.serving():
+            await attended(federation)
+            async with federation.lead() as lead:
+                id = await lead.submit(job())
+            await asyncio.to_thread(struck.wait, 60)
+        while due:
+            struck.clear()
+            async with federation.serving():
+                await asyncio.to_thread(struck.wait, 60)
+        async with federation.serving(), federation.lead() as lead:
+            view = await lead.wait(id)
+    finally:
+        for site in list(federation.agents):
+            await federation.stop(site)
+    await equals_a_simulation(tmp_path, federation, view)
+    assert view.records[0]["accepted"] == list(SITES)
+
+
+def test_sigkill_of_server_and_site_while_others_have_sent(tmp_path):
+    """Real processes: what was masked for the first attempt is worth nothing in the second."""
+    trained = tmp_path / "trained.txt"
+    delays = {"s02": 0.5, "s03": 0.5}
+    asked = job(recipe={"delay_s": delays, "trained": str(trained)}, output={"dir": str(tmp_path / "runs")})
+    with lab(asked, settings={"lease_s": 5.0}) as federation:
+        id = federation.federation.submit(asked)
+        while not trained.exists() or "s00 1" not in trained.read_text():
+            assert federation.alive("server")
+            threading.Event().wait(0.05)
+        federation.kill("server")
+        federation.kill("s03")
+        federation.start("server")
+        view = federation.federation.wait(id)
+        assert view.line.state == "finished", view.line.error
+        found = weights(federation.folder("server") / "jobs" / id)
+    assert view.records[0]["accepted"] == ["s00", "s01", "s02"]
+    calm = run(job(recipe={"faults": {"s03:1": "raise"}}, output={"dir": str(tmp_path / "calm")}))
+    assert np.abs(found - weights(calm.directory)).max() < 1e-7
+
+
+def _with_terms(letter: bytes, **changes) -> bytes:
+    return protocol.pack(msgspec.structs.replace(protocol.unpack(letter, protocol.Terms), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"corrupt": 0.01}, "other terms"),
+        ({"job": "toy"}, "other terms"),
+        ({"round": 4}, "which is another's"),
+        ({"sites": SITES[:3]}, "the signed job has it ask s00, s01, s02, s03"),
+    ],
+)
+async def test_a_server_that_proposes_other_terms_is_refused(tmp_path, monkeypatch, changes, reason):
+    def proposing(phase, letters):
+        return {
+            site: _with_terms(letter, **changes) if phase == "advertise" else letter for site, letter in letters.items()
+        }
+
+    meddling(monkeypatch, proposing)
+    async with loopback(tmp_path, SITES) as federation:
+        await attended(federation)
+        view = await federation.run(job(cohort={"quorum": 0.5, "sites": list(SITES)}))
+    assert view.line.state == "failed"
+    assert view.line.error.count("refused:") >= 3, view.line.error
+    assert reason in view.line.error
+
+
+@pytest.mark.parametrize("forger", ["ana", "s02"])
+async def test_keys_that_the_server_made_up_are_refused(tmp_path, monkeypatch, forger):
+    """Signed by a person whom the roster lists, or by another site; the site itself is none the wiser."""
+    async with loopback(tmp_path, SITES) as federation:
+        folder = federation.made.users["ana"] if forger == "ana" else federation.site(forger)
+        kit = Kit(folder)
+
+        def forging(phase, letters):
+            if phase != "share":
+                return letters
+            roll = protocol.unpack(letters["s00"], protocol.Roll)
+            mine = msgspec.structs.replace(roll.adverts[3], mask=b"\x07" * 32, credential=kit.certificate_pem())
+            mine = msgspec.structs.replace(mine, signature=kit.sign(mine.content()))
+            forged = protocol.pack(msgspec.structs.replace(roll, adverts=(*roll.adverts[:3], mine)))
+            return dict.fromkeys(letters, forged)
+
+        meddling(monkeypatch, forging)
+        await attended(federation)
+        view = await federation.run(job())
+    assert view.line.state == "failed"
+    assert view.line.error.count("refused: The keys were not signed by the site") == 4, view.line.error
+
+
+async def test_a_revoked_site_is_not_on_the_roll(tmp_path, monkeypatch):
+    """Its advert came in time; a server that keeps it on the roll all the same is refused by all who know better."""
+    async with loopback(tmp_path, SITES) as federation:
+
+        def revoking(phase, letters):
+            if phase == "share":
+                roster = federation.authority.revoke("s03", "its machine was stolen").data
+                for site in SITES[:3]:
+                    Kit(federation.site(site)).update_roster(roster)
+            return letters
+
+        meddling(monkeypatch, revoking)
+        await attended(federation)
+        view = await federation.run(job())
+    assert view.line.state == "failed"
+    assert view.line.error.count("was revoked") >= 3, view.line.error
+
+
+def test_a_deployed_sites_worker_has_no_identity(tmp_path):
+    """It masks what the agent has agreed on; asked to answer for the site, or to check others, it refuses."""
+    runner = SiteRunner(toys.Many(4), tmp_path, secure=tmp_path / "states")
+    asked = job()
+    course = Course("toy", SITES, asked.strategy, secure=asked.secure_aggregation)
+    with pytest.raises(AccessError, match="no identity"):
+        runner.secure.checker.check("s00", b"", b"", b"")
+    bounds = bounds_of(asked.secure_aggregation, None, len(SITES))
+    letter = protocol.pack(terms(asked.secure_aggregation, bounds, "toy", 2, 1, SITES, {}, {}))
+    (answer,) = runner.secure.exchange(course, "advertise", {"s00": letter}).values()
+    assert "no identity" in answer.reason
+    assert not list(tmp_path.rglob("*.state"))
+    assert not list(tmp_path.rglob("identities.key"))
