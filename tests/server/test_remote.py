@@ -25,6 +25,7 @@ from hansa.pki.kit import Kit
 from hansa.simulation.run import run
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
+    INLINE_BYTES,
     PROTOCOL,
     AbortJob,
     Answer,
@@ -416,3 +417,35 @@ async def test_a_job_that_is_resumed_while_its_round_is_evaluated(federation):
     assert view.line.state == "finished", view.line.error
     assert [line for line in said if "another plan" in line] == []
     assert [list(at) for at in absences(view).values()] == [["s1"], []]
+
+
+async def test_answers_to_messages_are_taken_once_and_of_the_kind_that_was_asked(federation):
+    """A site that answers a message of secure aggregation with an update, or a huge one, or nonsense, is one less."""
+    told: list[str] = []
+
+    def reply(given: Assignment) -> Answer:
+        return ready(given) if given.kind == "inspect" else Answer(given.job, given.task, letter=b"nonsense")
+
+    def other(given: Assignment) -> Answer:
+        if given.kind == "inspect":
+            return ready(given)
+        told.append(given.kind)
+        return Answer(given.job, given.task, missing=Missing("refused", "no"))
+
+    asked = job(secure_aggregation={}, rounds=1)
+    async with (
+        impostor(federation, "s0", reply),
+        impostor(federation, "s1", reply),
+        impostor(federation, "s2", other),
+    ):
+        view = await federation.run(asked)
+    id = view.line.job
+    assert view.line.state == "failed"
+    assert told == ["advertise"]
+    assert view.line.error.count("s0: rejected: Secure aggregation: this is no Advert") == 1, view.line.error
+    assert "s2: refused: no" in view.line.error
+    async with Connection(Kit(federation.site("s0")), f"127.0.0.1:{federation.port}") as connection:
+        with pytest.raises(JobError, match="was not asked"):
+            await connection.call(Answer(id, "unknown", letter=b"late"))
+        with pytest.raises(HansaError):
+            await connection.call(Answer(id, "unknown", letter=bytes(INLINE_BYTES + 1)))

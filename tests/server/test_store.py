@@ -479,3 +479,21 @@ def test_readers_and_writers_do_not_wait_for_each_other_forever(store: Store) ->
         thread.join()
     assert failures == []
     assert len([row for row in store.tasks("j1") if row.update]) == 40
+
+
+def test_each_site_may_have_a_plan_of_its_own_and_a_new_attempt_voids_answers(store: Store) -> None:
+    running(store)
+    first = {"a": PLAN, "b": OTHER}
+    asked = store.open_tasks("j1", "demo", 1, "advertise", first, ["a", "b"], "train")
+    assert {site: row.plan for site, row in asked.items()} == first
+    trained = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])
+    judged = store.open_tasks("j1", "demo", 1, "evaluate", PLAN, ["a", "b"])
+    store.answer(trained["a"].task, "a", "done", b"", "up/1")
+    assert store.open_tasks("j1", "demo", 1, "advertise", first, ["a", "b"], "train") == asked
+    assert store.task(trained["a"].task).state == "done", "the same attempt, after a restart"
+    again = store.open_tasks("j1", "demo", 1, "advertise", {"a": OTHER, "b": OTHER}, ["a", "b"], "train")
+    assert again["b"] == asked["b"]
+    assert again["a"].task != asked["a"].task
+    assert [store.task(row.task).state for row in trained.values()] == ["replaced", "replaced"]
+    assert store.open_tasks("j1", "demo", 1, "train", PLAN, ["a"])["a"].task != trained["a"].task
+    assert [store.task(row.task).state for row in judged.values()] == ["open", "open"]

@@ -114,3 +114,16 @@ def test_a_damaged_history_is_said(tmp_path, bundle):
     path.write_bytes(b"rubbish\n")
     with pytest.raises(StorageError, match="damaged"):
         History(folder, bundle, "toy-1")
+
+
+def test_what_was_revealed_is_remembered_as_long_as_what_was_answered(tmp_path, bundle):
+    """A job that leaves the agenda and comes back finds its states; they go with the history."""
+    folder = tmp_path / "history"
+    state = History(folder, bundle, "toy-1").secagg / "toy" / "s0.state"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"revealed")
+    assert (History(folder, bundle, "toy-1").secagg / "toy" / "s0.state").read_bytes() == b"revealed"
+    history.prune(folder, ["toy-1"], datetime.now(UTC) + timedelta(days=400))
+    assert state.exists(), "the job is on the agenda"
+    history.prune(folder, [], datetime.now(UTC) + timedelta(days=400))
+    assert not state.parent.parent.exists()

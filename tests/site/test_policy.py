@@ -17,6 +17,8 @@ from hansa.core.values import Plan, Update
 from hansa.errors import PolicyError
 from hansa.pki.identity import Identity
 from hansa.runs.baselines import course_form
+from hansa.secagg.protocol import Terms
+from hansa.secagg.ring import SCALARS, WEIGHT, Range, encoding
 from hansa.site import policy
 from hansa.site.settings import Policy, SiteSettings
 from hansa.transport.messages import Assignment
@@ -298,3 +300,108 @@ def test_an_unweighed_part_counts_as_it_is(tmp_path):
     plain = {"strategy": {"name": "scaffold", "objective": "sites"}, "train": {"optimizer": "sgd"}}
     with pytest.raises(PolicyError, match=r"norm 3.16"):
         checked(update(tmp_path, parts=parts, weight=1000.0), plan, rules, **plain)
+
+
+MASKS = {"secure_aggregation": {"minimum": 4}}
+
+
+@pytest.mark.parametrize(
+    ("rules", "values", "reason"),
+    [
+        ({"privacy": {"summed_with": 3}}, {}, r"no \[secure_aggregation\]"),
+        ({"privacy": {"summed_with": 5}}, MASKS, "minimum = 4; .* at least 5"),
+        ({"privacy": {"summed_with": 4}}, MASKS, None),
+        ({"policy": {"require_filters": {"clip": {"max_norm": 1.0}}}}, MASKS, None),
+        (
+            {"policy": {"require_filters": {"clip": {"max_norm": 1.0}}, "modules": ["ours:f"]}},
+            {**MASKS, "filters": [{"name": "clip", "max_norm": 1.0}, "ours:f"]},
+            "does not show that it was applied",
+        ),
+        ({"policy": {"modules": ["ours:s"]}}, {**MASKS, "strategy": {"name": "ours:s"}}, "known to its own code only"),
+    ],
+)
+def test_what_a_site_asks_of_masks(ana, rules, values, reason):
+    given = bundle(ana, **{"filters": [{"name": "clip", "max_norm": 1.0}], **values})
+    if reason is None:
+        policy.decide(given, "s0", settings(**rules))
+        return
+    with pytest.raises(PolicyError, match=reason):
+        policy.decide(given, "s0", settings(**rules))
+
+
+def test_a_budget_held_against_examples_needs_to_see_their_number(ana):
+    rules = {
+        "data": {"notes": {"train": "notes.jsonl"}},
+        "privacy": {"budgets": {"notes": {"epsilon": 8.0, "delta": 1e-5, "unit": "example", "adversary": "server"}}},
+    }
+    private = {"mechanism": "dp-sgd", "clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
+    values = {"data": {"train": "site:notes"}, "privacy": private, "baselines": {"local": False}}
+    policy.decide(bundle(ana, **values), "s0", settings(**rules))
+    with pytest.raises(PolicyError, match="under masks their number does not show"):
+        policy.decide(bundle(ana, **values, **MASKS), "s0", settings(**rules))
+
+
+def session(number: int, sites: tuple[str, ...]) -> Terms:
+    ring = encoding({SCALARS: {WEIGHT: Range(0.0, 1.0, 2**-20)}}, len(sites))
+    return Terms("toy", number, 1, sites, ring)
+
+
+@pytest.mark.parametrize(
+    ("number", "sites", "task"),
+    [
+        (4, ("a", "b", "c", "d"), "train"),
+        (5, ("a", "b", "c", "d"), "evaluate"),
+        (4, ("a", "b", "c"), None),  # the server leaves one out
+        (5, ("a", "b", "c", "d", "e"), None),
+        (6, ("a", "b", "c", "d"), None),  # another round's
+    ],
+)
+def test_a_session_is_of_the_round_and_of_the_sites_that_were_signed(number, sites, task):
+    signed = job(rounds=3, cohort={"sites": ["d", "c", "b", "a"]}, **MASKS)
+    given = Assignment("t", "toy-1", "0" * 64, "advertise", "toy", 2, "p", b"")
+    if task is not None:
+        assert policy.check_session(session(number, sites), signed, given) == task
+        return
+    with pytest.raises(PolicyError, match=r"another's|has it ask a, b, c, d"):
+        policy.check_session(session(number, sites), signed, given)
+
+
+def test_a_session_of_a_round_that_the_job_does_not_have():
+    given = Assignment("t", "toy-1", "0" * 64, "advertise", "toy", 4, "p", b"")
+    with pytest.raises(PolicyError, match="another's"):
+        policy.check_session(session(8, ("a", "b", "c")), job(rounds=3, **MASKS), given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weight": 2.0},
+        {"sums": {"loss_sum": 1.0}},
+        {"logged": {"loss": ((1, 0.5),)}},
+        {"parts": {"masked": {"vector": np.zeros(3, np.uint32)}}},
+        {"parts": {"delta": {"w": np.zeros(4, np.float32)}}},
+        {"site": "s1"},
+        {"round": 2},
+    ],
+)
+def test_only_one_masked_vector_leaves(tmp_path, changes):
+    terms = session(2, ("a", "b", "c"))
+    vector = np.zeros(terms.encoding.size, terms.encoding.dtype)
+    values = {
+        "site": "s0",
+        "round": 1,
+        "version": 0,
+        "parts": {"masked": {"vector": vector}},
+        "weight": 1.0,
+        "sums": {},
+    }
+    wire.spool(Update(**{**values, **changes}), tmp_path / "update")
+    plan = Plan("toy", 1, "train", 0, {"w": np.zeros(4, np.float32)})
+    if not changes:
+        policy.check_masked(tmp_path / "update", plan, "s0", terms)
+        return
+    with pytest.raises(PolicyError, match="something else than a masked update"):
+        policy.check_masked(tmp_path / "update", plan, "s0", terms)
+    with pytest.raises(PolicyError, match="something else"):
+        policy.check_masked(tmp_path / "update", plan, "s0", None)

@@ -21,6 +21,7 @@ from hansa.errors import FitError, PrivacyError, QuorumError
 from hansa.privacy.accounting import Release, epsilon
 from hansa.privacy.plan import SLACK
 from hansa.runs.run import list_runs
+from hansa.secagg import agreement, protocol
 from hansa.simulation.run import run
 from hansa.sinks.checkpoint import Checkpoints
 from hansa.workers import runner, secure
@@ -274,3 +275,30 @@ def test_what_does_not_compose_is_refused(tmp_path, values, reason):
 def test_two_sites_are_too_few(tmp_path):
     with pytest.raises(PrivacyError, match="needs 3"):
         run(job(tmp_path, recipe={"num_sites": 2}))
+
+
+def test_a_process_that_is_late_does_not_write_over_a_newer_session(tmp_path):
+    """A worker that still masks for the first attempt, when the agent has begun the second."""
+    section = job(tmp_path).secure_aggregation
+    bounds = server.bounds_of(section, None, 3)
+    sites = ("s00", "s01", "s02")
+    sessions = secure.Sessions(tmp_path, lambda site: secure.Simulated(tmp_path, site))
+
+    def letter(attempt: int) -> bytes:
+        return protocol.pack(agreement.terms(section, bounds, "toy", 2, attempt, sites, {}, {}))
+
+    def advertise(attempt: int) -> bytes:
+        return sessions.exchange("toy", section, None, {}, "s00", "advertise", letter(attempt))
+
+    first = advertise(1)
+    assert advertise(1) == first
+    late = sessions._open("toy", "s00")
+    second = advertise(2)
+    with pytest.raises(PrivacyError, match="meanwhile"):
+        late.finish()
+    assert advertise(2) == second
+    sessions.exchange("toy", section, None, {}, "s00", "finish", letter(1))  # of the one before: over already
+    assert advertise(2) == second
+    sessions.exchange("toy", section, None, {}, "s00", "finish", letter(2))
+    with pytest.raises(PrivacyError, match="over"):
+        sessions.exchange("toy", section, None, {}, "s00", "share", letter(2))
