@@ -252,6 +252,7 @@ def process(
     check_fit(
         [
             Piece("strategy", value.name, value.traits),
+            *([Piece("rule", value.combine.name, frozenset({Trait.NEEDS_EACH}))] if value.combine else []),
             *(Piece("filter", piece.name, piece.traits) for piece in pieces),
             Piece("client_optimizer", client_optimizer.name, adaptive),
         ]

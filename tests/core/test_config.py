@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hansa.core import config, storage
-from hansa.core.config import Choice, Job
+from hansa.core.config import Algorithm, Choice, Job
 from hansa.errors import JobError
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_toml_yaml_json_and_python_give_the_same_job(tmp_path: Path) -> None:
     expected = Job(**values, directory=str(tmp_path))
     for name in ("job.toml", "job.yaml", "job.YML", "job.json"):
         assert config.load(tmp_path / name) == expected, name
-    assert expected.strategy == Choice(name="fedprox", mu=1e-3)
+    assert expected.strategy == Algorithm(name="fedprox", mu=1e-3)
     assert expected.strategy.options == {"mu": 0.001}
     assert expected.filters[0] == Choice(name="clip")
     assert expected.data is not None

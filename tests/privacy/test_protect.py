@@ -179,10 +179,10 @@ def test_the_noise_is_split_so_that_sum_and_count_spend_what_one_sum_would():
     assert rejects(noise, 1.5 * 0.7 * SLACK)
 
 
-def test_a_count_with_too_little_noise_is_refused():
-    strategy = protected(fedavg(), terms(noise_multiplier=4.0, adaptive_clip={"noise": 2.0}), Secret.fresh())
+def test_a_count_with_too_little_noise_is_refused_before_training(tmp_path):
+    private = {**PRIVATE, "noise_multiplier": 4.0, "adaptive_clip": {"noise": 2.0}}
     with pytest.raises(PrivacyError, match="must be above 2"):
-        released(strategy, None, population=10)
+        run(toys.job(output={"dir": str(tmp_path)}, privacy=private))
 
 
 def test_correlated_noise_takes_back_what_it_added():

@@ -27,7 +27,7 @@ from hansa.core.tree import Tree
 from hansa.core.values import Model, Update
 from hansa.errors import FitError, HansaError, PrivacyError
 from hansa.privacy.plan import NOT_COVERED, PrivacyPlan, terms_of_job
-from hansa.runs.carrier import pieces_of, promise, refusal
+from hansa.runs.carrier import pieces_of, promise, refusal, too_few
 from hansa.runs.engine import inspect_all
 from hansa.simulation.engines import open_engine
 from hansa.sinks.text import size
@@ -72,6 +72,7 @@ class Findings:
     conflicts: Sequence[Conflict]
     costs: Costs | None
     privacy: PrivacyPlan | PrivacyError | None
+    too_few: FitError | None
 
     @property
     def error(self) -> HansaError | None:
@@ -80,7 +81,7 @@ class Findings:
             return self.privacy
         if self.conflicts:
             return FitError("\n".join(str(conflict) for conflict in self.conflicts), job=self.job.name)
-        return refusal(self.job, len(self.sites), self.refused)
+        return self.too_few or refusal(self.job, len(self.sites), self.refused)
 
 
 def check(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -112,7 +113,7 @@ async def _find(job: Job, folder: Path) -> Findings:
             costs = None if refused or not reports else estimate(job, course, pieces, await engine.initial())
         except PrivacyError as error:
             privacy, costs = error, None
-    return Findings(job, reports, refused, pieces, conflicts(pieces), costs, privacy)
+    return Findings(job, reports, refused, pieces, conflicts(pieces), costs, privacy, too_few(job, plain))
 
 
 def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -> Costs:
@@ -143,7 +144,7 @@ def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -
         sums=sums,
         memory=2 * (kept + kept_state) + sums,
         checkpoints=(job.output.keep + 2) * (kept + kept_state),
-        waiting=asked * up,
+        waiting=asked * (up if strategy.combine is None else up + sums),
     )
 
 

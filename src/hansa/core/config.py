@@ -61,6 +61,32 @@ class Choice(BaseModel):
         return dict(self.model_extra or {})
 
 
+class RobustSection(Section):
+    """What takes the mean's place where some sites may send anything; every site then counts once."""
+
+    rule: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"] = Field(
+        description="How the sites' updates become one; mean needs max_norm."
+    )
+    malicious: Annotated[int, Field(ge=0)] = Field(
+        description="f: how many of a round's sites may lie. krum and multi-krum need 2f + 3 updates, others 2f + 1."
+    )
+    max_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The largest L2 norm of an update: sites clip to it, and the server rejects what is longer."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _mean_is_bounded(self) -> RobustSection:
+        if self.rule == "mean" and self.max_norm is None:
+            raise ValueError("one update can carry a mean anywhere; give max_norm, or another rule")
+        return self
+
+
+class Algorithm(Choice):
+    """A strategy, its options, and what it does about sites that lie."""
+
+    robust: RobustSection | None = Field(None, description="A robust rule in place of the mean; none if left out.")
+
+
 class Adapter(BaseModel):
     """Parameter-efficient tuning: a ``peft`` method and the fields of its config."""
 
@@ -320,7 +346,7 @@ class Job(Section):
         description="Files, folders or globs in the job's folder that travel with it to the sites of a deployment.",
     )
     train: TrainSection = TrainSection()
-    strategy: Choice = Choice(name="fedavg")
+    strategy: Algorithm = Algorithm(name="fedavg")
     filters: list[Choice] = Field(default_factory=list)
     privacy: PrivacySection | None = Field(None, description="Differential privacy; none if left out.")
     secure_aggregation: SecureAggregationSection | None = Field(

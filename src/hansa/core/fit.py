@@ -37,6 +37,7 @@ class Trait(Enum):
     BATCH_CLIP = "clips the gradient of a batch"
     MASKED = "shows the server sums only"
     UNPROTECTED = "trains on the same data without protection"
+    NEEDS_EACH = "looks at each site's update by itself"
     RELAYS = "hands the model from site to site, without a sum or a server step"
 
 
@@ -199,6 +200,37 @@ _RULES = (
         Trait.UNPROTECTED,
         "a model of one site's own training would be judged and shown.",
         "set baselines.local and baselines.central to false.",
+    ),
+    _Rule(
+        Trait.NEEDS_EACH,
+        Trait.MASKED,
+        "the server sees a sum only, so it can neither compare updates nor hold one to a bound.",
+        "leave out strategy.robust or secure_aggregation: whether you fear the sites or the server is for you to say.",
+    ),
+    _Rule(
+        Trait.NEEDS_EACH,
+        Trait.PRIVATE,
+        "noise is measured for a sum of bounded updates, which the rule's result is not, and noise that sites add "
+        "themselves is most of what it would compare.",
+        "leave strategy.robust out, as privacy.clip bounds what each site does already; or use mechanism 'dp-sgd'.",
+    ),
+    _Rule(
+        Trait.NEEDS_EACH,
+        Trait.EXTRA_PARTS,
+        "a lie in the other parts would get around a rule for the update, and what it chooses there means nothing.",
+        "use a strategy whose only part is the update (fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad).",
+    ),
+    _Rule(
+        Trait.NEEDS_EACH,
+        Trait.RELAYS,
+        "a site hands its model straight to the next, and no updates lie side by side.",
+        "use workflow 'scatter-gather'.",
+    ),
+    _Rule(
+        Trait.NEEDS_EACH,
+        Trait.STALE,
+        "an update that started from an older model is far from all others, or passes for far, though nobody lied.",
+        "use cohort.late = 'discard'.",
     ),
     _Rule(
         Trait.EXTRA_PARTS,

@@ -235,11 +235,19 @@ class Fold:
                 handle.release()
 
     def _accumulate(self, handle: Handle, discount: float) -> None:
+        header = handle.header
+        self._put(handle, discount)
+        self._weight += header.weight * discount
+        self._count += discount
+        for name, value in header.sums.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value
+
+    def _put(self, handle: Handle, discount: float) -> None:
+        """Add the tensors of one update, whose turn has come, to the sums."""
         if not self._sums:
             self._sums = {
                 part: self._accumulators(number, layout) for number, (part, layout) in enumerate(self._expected.items())
             }
-        header = handle.header
         with np.errstate(over="ignore"):
             for chunk in handle.chunks():
                 total = self._sums[chunk.part][chunk.tensor].reshape(-1)
@@ -248,10 +256,6 @@ class Fold:
                 if discount != 1.0:
                     values = values.astype(total.dtype) * total.dtype.type(discount)
                 np.add(total, values, out=total, dtype=total.dtype, casting="same_kind")
-        self._weight += header.weight * discount
-        self._count += discount
-        for name, value in header.sums.items():
-            self._metrics[name] = self._metrics.get(name, 0.0) + value
 
     def _accumulators(self, number: int, layout: Layout) -> dict[str, Array]:
         dtypes = {name: trees.wide(trees.dtype_of(spec.dtype)) for name, spec in layout.items()}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hansa.core import tree as trees
+from hansa.core.each import Rule
 from hansa.core.fit import Trait
 from hansa.core.optimizer import Optimizer
 from hansa.core.tree import Array, Layout, Parts, Tree
@@ -82,6 +83,8 @@ class Strategy:
         bound: from the state, the joint L2 norm that no site's update may exceed; None for no bound.
         extra: uploaded parts that do not have the model's layout, and theirs; where there is a bound, each has a norm
             of at most 1.
+        combine: what makes one update of the sites' in place of the sum; then no part is weighed, and the aggregate is
+            the rule's result.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Strategy:
     select: Callable[[Sequence[str], int], tuple[str, ...]] | None = None
     bound: Callable[[Parts], float | None] = lambda state: None
     extra: Mapping[str, Layout] = field(default_factory=dict)
+    combine: Rule | None = None
 
 
 def descend(optimizer: Optimizer, model: Model, state: Parts, mean: Tree) -> tuple[Model, Parts]:

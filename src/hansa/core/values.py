@@ -187,6 +187,7 @@ class Aggregate:
         count: the number of updates, each counted with its staleness discount.
         population: the number of sites in the federation (N in the papers).
         metrics: the sums of the sites' metric sums.
+        notes: what a robust rule has to say; its result stands here as the sum of one update.
     """
 
     sums: Parts
@@ -195,6 +196,7 @@ class Aggregate:
     count: float
     population: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def mean(self, part: str) -> Tree:
         """Return the mean of one part: over weight if it was weighed, else over the number of sites.

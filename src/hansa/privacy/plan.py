@@ -101,6 +101,26 @@ class Terms:
             case _:
                 return [Release(self.noise_multiplier, self.rate, self.rounds)]
 
+    def noises(self, expected: float) -> tuple[float, float]:
+        """Return how noise is split between the sum and an adaptive clip's count: z_Δ⁻² + (2σ_b)⁻² = z⁻².
+
+        Args:
+            expected: how many sites take part in a round, on average.
+
+        Raises:
+            PrivacyError: the count alone would spend more than is promised.
+        """
+        total, adaptive = self.noise_multiplier, self.section.adaptive_clip
+        if adaptive is None:
+            return total, 0.0
+        count = adaptive.noise if adaptive.noise is not None else expected / 20
+        if total >= 2 * count:
+            raise PrivacyError(
+                f"A noise multiplier of {total:g} leaves nothing for the sum beside a count of noise {count:g}: that "
+                f"must be above {total / 2:g}. Set privacy.adaptive_clip.noise, ask more sites, or leave it out."
+            )
+        return (total**-2 - (2 * count) ** -2) ** -0.5, count
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -200,6 +220,7 @@ def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | 
         return _of_steps(job, section, unit, examples)
     terms = terms_of_job(job)
     assert terms is not None
+    terms.noises(terms.rate * sites)
     spent = epsilon(terms.releases, section.delta, section.accountant)
     shown = "a site" if unit == "site" else f"a {unit}, whose device is a site"
     few: tuple[str, ...] = (

@@ -43,7 +43,7 @@ from hansa.core.lazy import Leaf, apply
 from hansa.core.strategy import Notes, Strategy
 from hansa.core.tree import Parts, Spec, Tree
 from hansa.core.values import WEIGHT_SCALE, Aggregate, Model, Update
-from hansa.errors import NonFiniteError, PrivacyError
+from hansa.errors import NonFiniteError
 from hansa.privacy.draws import Secret
 from hansa.privacy.matrix import factorised
 from hansa.privacy.plan import GRID, SLACK, Terms
@@ -90,8 +90,6 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
         terms: the plan's terms.
         secret: the run's, at the server; a site has none, and needs none.
 
-    Raises:
-        PrivacyError: the count of unclipped updates would need more noise than it gets.
     """
     section = terms.section
     if section.mechanism == "local":
@@ -113,7 +111,7 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
         clip, expected = clip_of(state), terms.rate * aggregate.population / section.separation
         if section.mechanism == "distributed":
             expected = math.ceil(expected)
-        noise, count_noise = _noises(terms, expected)
+        noise, count_noise = terms.noises(expected)
         std = noise * clip * SLACK
         sums = {part: aggregate.sums.get(part) or _zeros(model) for part in strategy.weighed}
         if section.mechanism != "distributed":
@@ -224,20 +222,6 @@ def _turn(sites: Sequence[str], round: int, separation: int, participations: int
     if participations is not None and turn >= participations:
         return ()
     return tuple(site for number, site in enumerate(sorted(sites)) if number % separation == place)
-
-
-def _noises(terms: Terms, expected: float) -> tuple[float, float]:
-    """Return the sum's noise multiplier, and the standard deviation of the noise of the count."""
-    total, adaptive = terms.noise_multiplier, terms.section.adaptive_clip
-    if adaptive is None:
-        return total, 0.0
-    count = adaptive.noise if adaptive.noise is not None else expected / 20
-    if total >= 2 * count:
-        raise PrivacyError(
-            f"A noise multiplier of {total:g} leaves nothing for the sum beside a count of noise {count:g}: that must "
-            f"be above {total / 2:g}. Set privacy.adaptive_clip.noise, ask more sites, or leave adaptive_clip out."
-        )
-    return (total**-2 - (2 * count) ** -2) ** -0.5, count
 
 
 def _inner(state: Parts) -> Parts:

@@ -24,7 +24,7 @@ from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
 from hansa.core.values import TRAINING, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
-from hansa.errors import DataError, HansaError, MissingExtraError
+from hansa.errors import DataError, FitError, HansaError, MissingExtraError
 from hansa.privacy.draws import Secret
 from hansa.privacy.plan import PrivacyPlan, plan_of, terms_of_job
 from hansa.runs import run as runs
@@ -313,8 +313,24 @@ def refusal(job: Job, ready: int, errors: Mapping[str, HansaError]) -> HansaErro
 
 
 def check(job: Job, engine: Engine, course: Course) -> None:
-    """Raise FitError if the pieces of ``job`` do not compose."""
+    """Raise FitError if the pieces of ``job`` do not compose, or its rounds ask fewer sites than its rule needs."""
     check_fit(pieces_of(job, engine.traits, course))
+    error = too_few(job, course)
+    if error is not None:
+        raise error
+
+
+def too_few(job: Job, course: Course) -> FitError | None:
+    """Return the error that says that a round asks fewer sites than the strategy's rule needs, or None."""
+    rule = course.pieces()[0].combine
+    asked = min(wanted(job.cohort.sample, len(course.sites)), len(course.sites))
+    if rule is None or asked >= rule.least:
+        return None
+    return FitError(
+        f"The rule {rule.name!r} needs at least {rule.least} updates, and a round asks {asked} sites. "
+        "Ask more (cohort.sample), or lower strategy.robust.malicious.",
+        job=job.name,
+    )
 
 
 def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> list[Piece]:
@@ -335,6 +351,7 @@ def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> lis
     vectorised = {Trait.VECTORISED} if job.engine.name == "batched" else set()
     return [
         Piece("strategy", strategy.name, strategy.traits),
+        *([Piece("rule", strategy.combine.name, frozenset({Trait.NEEDS_EACH}))] if strategy.combine else []),
         *(Piece("filter", piece.name, piece.traits) for piece in filters),
         Piece("recipe", job.recipe.name, training),
         Piece("optimizer", job.train.optimizer, steps | clips),

@@ -102,7 +102,7 @@ def _is_secret(report: Mapping[str, Any]) -> bool:
 
 
 def _choice(value: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key} = {option}" for key, option in value.items() if key != "name")
+    options = ", ".join(f"{key} = {option}" for key, option in value.items() if key != "name" and option is not None)
     return f"{value['name']} ({options})" if options else str(value["name"])
 
 

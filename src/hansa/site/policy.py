@@ -309,7 +309,9 @@ def _unweighed(squares: Mapping[str, float], weight: float, job: Job) -> float:
     A strategy that is not Hansa's own is not loaded here: all of its parts count as weighed.
     """
     weighed: Mapping[str, bool] = {}
-    if job.strategy.name in registry.TABLES["strategies"]:
+    if job.strategy.robust is not None:  # no part is
+        weighed = dict.fromkeys(squares, False)
+    elif job.strategy.name in registry.TABLES["strategies"]:
         weighed = registry.build("strategies", job.strategy.name, job.strategy.options).weighed
     return math.sqrt(sum(value / (weight**2 if weighed.get(part, True) else 1) for part, value in squares.items()))
 

@@ -25,7 +25,7 @@ import msgspec
 
 from hansa import registry
 from hansa.core import wire
-from hansa.core.config import Choice, Job, SecureAggregationSection, parse
+from hansa.core.config import Algorithm, Choice, Job, SecureAggregationSection, parse
 from hansa.core.ports import Program
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan
@@ -133,7 +133,7 @@ class _Worker:
         course = Course(
             form.name,
             (),
-            Choice.model_validate(form.strategy),
+            Algorithm.model_validate(form.strategy),
             tuple(Choice.model_validate(item) for item in form.filters),
             terms_from(form.terms),
             None if form.secure is None else SecureAggregationSection.model_validate(form.secure),

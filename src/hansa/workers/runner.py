@@ -14,7 +14,7 @@ from typing import Any
 
 from hansa import registry
 from hansa.client.work import perform
-from hansa.core.config import Choice, EngineSection, PrivacySection, SecureAggregationSection
+from hansa.core.config import Algorithm, Choice, EngineSection, PrivacySection, SecureAggregationSection
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
 from hansa.core.ports import SERVER, Phase, Program, topic
@@ -25,6 +25,7 @@ from hansa.filters.weigh import weigh
 from hansa.privacy.draws import Secret
 from hansa.privacy.plan import Terms
 from hansa.privacy.protect import bounded, protected
+from hansa.robust.defend import defended
 from hansa.workers.memory import Mailboxes, MemoryStore
 from hansa.workers.messages import TermsForm
 
@@ -60,6 +61,8 @@ class Course:
             if isinstance(self.strategy, Choice)
             else self.strategy
         )
+        if isinstance(self.strategy, Algorithm) and self.strategy.robust is not None:
+            strategy = defended(strategy, self.strategy.robust)
         chosen: list[Filter] = [
             registry.build("filters", item.name, item.options) if isinstance(item, Choice) else item
             for item in self.filters

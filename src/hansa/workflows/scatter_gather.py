@@ -17,6 +17,7 @@ from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.core.fold import Fold
 from hansa.core.ports import Cohort, Handle
+from hansa.core.stack import Stack
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Layout, Tree
 from hansa.core.values import Absence, Aggregate, Logged, Plan, RoundRecord, Snapshot
@@ -77,10 +78,11 @@ async def scatter_gather(
             gathered = await _gather(job, strategy, cohort, plan, asked, strategy.bound(now.state), scratch)
         else:
             gathered = await _gather_masked(job, strategy, cohort, plan, asked, scratch)
-        _require(job, gathered, () if gathered.too_few else asked, number)
+        _require(job, strategy, gathered, () if gathered.too_few else asked, number)
         settled, notes = await _aside(
             plan.params, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch
         )
+        notes = {**notes, **gathered.aggregate.notes}
         if gathered.fold is not None:
             gathered.fold.discard()
         gathered.aggregate = replace(gathered.aggregate, sums={})
@@ -164,7 +166,11 @@ async def _gather(
     welcome = {site: handle for site, handle in overdue.items() if job.cohort.late == "accept" and site not in asked}
     order = sorted({*asked, *welcome})
     expected, population = _expected(strategy, plan), len(cohort.sites)
-    fold = Fold(order, expected, strategy.weighed, population, scratch, max_norm=bound, beside=strategy.extra)
+    fold = (
+        Fold(order, expected, strategy.weighed, population, scratch, max_norm=bound, beside=strategy.extra)
+        if strategy.combine is None
+        else Stack(strategy.combine, order, expected, population, scratch, max_norm=bound)
+    )
     gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, population))
     for site, handle in sorted(overdue.items()):
         if site in welcome:
@@ -253,15 +259,18 @@ def _reject(gathered: _Gathered, handle: Handle, reason: str) -> None:
     handle.release()
 
 
-def _require(job: Job, gathered: _Gathered, asked: Sequence[str], number: int) -> None:
+def _require(job: Job, strategy: Strategy, gathered: _Gathered, asked: Sequence[str], number: int) -> None:
     needed = wanted(job.cohort.quorum, len(asked)) if asked else 0
+    instead = "lower cohort.quorum"
+    if strategy.combine is not None and strategy.combine.least > needed:
+        needed, instead = strategy.combine.least, f"ask more sites: {strategy.combine.name!r} needs so many updates"
     if len(gathered.accepted) < needed:
         if gathered.fold is not None:
             gathered.fold.discard()
         reasons = "\n".join(f"  {a.site}: {a.kind}: {a.reason}" for a in gathered.absent)
         raise QuorumError(
             f"{len(gathered.accepted)} of {len(asked)} sites answered, the quorum is {needed}.\n{reasons}\n"
-            "Mend the cause and resume, or lower cohort.quorum.",
+            f"Mend the cause and resume, or {instead}.",
             job=job.name,
             round=number,
         )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fold of a rule that needs each update: it takes and refuses what the sum does, and keeps what it takes.
+
+Guarantees beside those of :mod:`hansa.core.fold`, each held by a test:
+
+- memory is a few blocks, whatever the model's size and the number of sites; accepted updates lie in one file, as wide
+  as they would be summed, until :meth:`Stack.discard`;
+- the result depends on the set of accepted updates alone, and is the same to the bit whether it is read a block at a
+  time or whole.
+
+| case | result |
+|---|---|
+| fewer updates than the rule needs, or none | no result; the quorum of the round says so |
+| a result that is not finite, of updates near the end of float64 | NonFiniteError, when it is read |
+| the disk is full | StorageError |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hansa.core import tree as trees
+from hansa.core.each import Rows, Rule, places
+from hansa.core.fold import Fold
+from hansa.core.ports import Handle
+from hansa.core.tree import Layout
+from hansa.core.values import Aggregate
+from hansa.errors import NonFiniteError, StorageError
+
+
+class Stack(Fold):
+    """Keeps updates until the round closes, then combines them by ``rule``.
+
+    Args:
+        rule: what makes one update of them.
+        order: the sites asked, in canonical order.
+        expected: part -> tensor -> spec that every update must have.
+        population: the number of sites in the federation.
+        directory: where updates are kept; a temporary folder by default.
+        max_norm: the largest joint L2 norm of an update's parts.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        order: Sequence[str],
+        expected: Mapping[str, Layout],
+        population: int,
+        directory: Path | None = None,
+        *,
+        max_norm: float | None = None,
+    ) -> None:
+        super().__init__(order, expected, dict.fromkeys(expected, False), population, directory, max_norm=max_norm)
+        self._rule = rule
+        self._layout = expected
+        self._places, self._width = places(expected)
+        self._kept: list[str] = []
+        self._file: int | None = None
+
+    def close(self) -> Aggregate:
+        """Return the rule's result as the sum of one update, with the rule's notes.
+
+        Its tensors are read from the updates, so they are gone after :meth:`discard`.
+
+        Raises:
+            StorageError: an update can't be read.
+            NonFiniteError: the result is not finite.
+        """
+        total = super().close()
+        if len(self._kept) < self._rule.least:
+            return total
+        assert self._file is not None, "updates are kept in it"
+        rows = Rows(self._file, tuple(self._kept), self._layout)
+        combine, notes = self._rule.combine(rows)
+
+        def error(name: str) -> NonFiniteError:
+            return NonFiniteError(f"What {self._rule.name!r} makes of all updates overflows in tensor {name!r}.")
+
+        sums = {part: trees.arrays(trees.checked(tree, error)) for part, tree in rows.combined(combine).items()}
+        return replace(total, sums=sums, count=1.0, notes=notes)
+
+    def discard(self) -> None:
+        """Free every update."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        super().discard()
+
+    def _put(self, handle: Handle, discount: float) -> None:
+        assert discount == 1.0, "the fit check keeps late updates out"
+        begin = len(self._kept) * self._width
+        try:
+            if self._file is None:
+                path = self._folder() / "updates.bin"
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                path.unlink()  # it is this round's only, and goes with its descriptor, whatever ends the process
+            for chunk in handle.chunks():
+                offset, dtype = self._places[chunk.part, chunk.tensor]
+                raw = memoryview(chunk.values.astype(dtype).tobytes())
+                place = begin + offset + chunk.start * dtype.itemsize
+                while raw:
+                    written = os.pwrite(self._file, raw, place)
+                    raw, place = raw[written:], place + written
+        except OSError as error:
+            raise StorageError(
+                f"Can't keep the update on disk: {error.strerror}. Free some space or set output.dir to a larger disk, "
+                "then resume.",
+                site=handle.header.site,
+                round=handle.header.round,
+            ) from error
+        self._kept.append(handle.header.site)
