@@ -9,6 +9,7 @@ import io
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -22,6 +23,7 @@ from hansa.core.values import WEIGHT_SCALE, Update
 from hansa.errors import AccessError, HansaError, JobError
 from hansa.pki.identity import Role
 from hansa.pki.kit import Kit
+from hansa.server.service import Service
 from hansa.simulation.run import run
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
@@ -449,3 +451,24 @@ async def test_answers_to_messages_are_taken_once_and_of_the_kind_that_was_asked
             await connection.call(Answer(id, "unknown", letter=b"late"))
         with pytest.raises(HansaError):
             await connection.call(Answer(id, "unknown", letter=bytes(INLINE_BYTES + 1)))
+
+
+async def test_an_inline_plan_is_the_one_that_was_announced(federation, monkeypatch):
+    """A site remembers plans by their digests, so a server may not call two by one."""
+    agenda = Service._agenda
+
+    def swapping(self, site, have):
+        told = agenda(self, site, have)
+        for given in told.assignments:
+            if given.kind == "train" and site == "s1":
+                plan = wire.read_plan(io.BytesIO(given.inline))
+                file = io.BytesIO()
+                wire.write_plan(file, replace(plan, params={**plan.params, "w": plan.params["w"] + 1}))
+                given.inline = file.getvalue()
+        return told
+
+    monkeypatch.setattr(Service, "_agenda", swapping)
+    for site in SITES:
+        await federation.start(site)
+    view = await federation.run(job(rounds=1, cohort={"quorum": 2}))
+    assert absences(view) == {1: {"s1": "refused: The server sent another plan than it announced."}}

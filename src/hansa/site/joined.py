@@ -18,6 +18,7 @@
 | a task is withdrawn while it is worked on | the worker ends; what another task needs is started anew |
 | the roster changes | the signature is checked again before the next task: a revoked signer's job is refused |
 | the server changes its mind about what was signed | ``refused``: a job has one bundle |
+| a plan or message that is not of the digest it was announced by | ``refused`` |
 | another plan for a round that was answered; the signed job under another id | ``refused`` (`hansa.site.history`) |
 | the data's privacy budget does not allow the round | ``refused``, before it is trained (`hansa.site.budget`) |
 | a message of secure aggregation that the protocol refuses, or a job without it | ``refused``, with the reason |
@@ -297,6 +298,8 @@ class JoinedJob:
                     await whole(lambda: _write(path, given.inline))
                 else:
                     await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
+            if given.inline:
+                await whole(partial(_check_announced, path, given))
             self._sound.add(path)
         return path
 
@@ -487,6 +490,17 @@ def _is_whole(path: Path, given: Assignment) -> bool:
         return manifest is not None and describe(path, manifest.offsets).digest == given.plan
     except (OSError, StorageError):
         return False
+
+
+def _check_announced(path: Path, given: Assignment) -> None:
+    """Raise PolicyError, and leave no file, unless an inline file is that of its digest, which a site knows it by."""
+    try:
+        if describe(path, None if given.kind in PHASES else wire.cuts(path)).digest == given.plan:
+            return
+    except WireError:  # no plan at all
+        pass
+    path.unlink(missing_ok=True)
+    raise PolicyError("The server sent another plan than it announced.")
 
 
 def _write(path: Path, data: bytes) -> None:
