@@ -70,7 +70,9 @@ def test_every_setting_that_init_comments_out_can_be_set(recipe):
             continue
         setting = tomllib.loads(line[2:])
         (key,) = setting
-        needed = {"train": "a.jsonl"} if commented else {}
+        needed = dict(NEEDED.get(table, {})) if commented else {}
+        if key == "epsilon":
+            del needed["noise_multiplier"]
         changed = {**values, table: {**needed, **values.get(table, {}), **setting}} if table else {**values, **setting}
         if key in ("steps", "epochs"):
             changed["train"].pop("epochs" if key == "steps" else "steps", None)
@@ -83,7 +85,14 @@ def test_every_setting_that_init_comments_out_can_be_set(recipe):
     }
 
 
+NEEDED = {
+    "data": {"train": "a.jsonl"},
+    "privacy": {"mechanism": "central", "clip": 1.0, "delta": 1e-5, "noise_multiplier": 1.0},
+}
+
 TABLES = {
+    "privacy": config.PrivacySection.model_fields,
+    "secure_aggregation": config.SecureAggregationSection.model_fields,
     "model": config.ModelSection.model_fields,
     "data": config.DataSection.model_fields,
     "train": config.TrainSection.model_fields,

@@ -126,6 +126,34 @@ async def test_the_model_is_that_of_a_simulation(federation, tmp_path):
     assert calm.report["model"]["sha256"] in report
 
 
+async def test_a_robust_rule_ends_with_the_model_of_a_simulation(federation, tmp_path):
+    for site in SITES:
+        await federation.start(site)
+    rule = {"rule": "geometric-median", "malicious": 1, "max_norm": 0.5}
+    wanted = job(output={"dir": str(tmp_path / "runs")}, strategy={"name": "fedavgm", "robust": rule})
+    view = await federation.run(wanted)
+    assert view.line.state == "finished", view.line.error
+    calm = await asyncio.to_thread(run, wanted)
+    report = (federation.made.server / "jobs" / view.line.job / "report.json").read_text()
+    assert calm.report["model"]["sha256"] in report
+
+
+async def test_an_update_over_the_bound_is_rejected_by_name(federation):
+    def lie(given: Assignment) -> Answer:
+        if given.kind == "inspect":
+            return ready(given)
+        parts = {"delta": {"w": np.full(4, 100.0)}} if given.kind == "train" else {}
+        return inline(given, "s1", parts=parts)
+
+    for site in ("s0", "s2"):
+        await federation.start(site)
+    async with impostor(federation, "s1", lie):
+        rule = {"rule": "median", "malicious": 0, "max_norm": 0.5}
+        view = await federation.run(job(strategy={"name": "fedavg", "robust": rule}, rounds=1))
+    assert view.line.state == "finished", view.line.error
+    assert absences(view)[1]["s1"].startswith("rejected: The update's norm is 200; no site's may exceed 0.5")
+
+
 async def test_baselines_side_by_side_are_those_of_a_simulation(federation, tmp_path):
     for site in SITES:
         await federation.start(site)

@@ -302,6 +302,15 @@ def test_an_unweighed_part_counts_as_it_is(tmp_path):
         checked(update(tmp_path, parts=parts, weight=1000.0), plan, rules, **plain)
 
 
+def test_behind_a_robust_rule_no_part_counts_as_weighed(tmp_path):
+    rules = Policy(require_filters={"clip": {"max_norm": 1.0}})
+    robust = {"strategy": {"name": "fedavg", "robust": {"rule": "median", "malicious": 1}}}
+    parts = {"delta": {"a": np.full(10, 1.0, np.float32)}}
+    checked(update(tmp_path, parts=parts, weight=1000.0), rules=rules)
+    with pytest.raises(PolicyError, match=r"norm 3.16"):
+        checked(update(tmp_path, parts=parts, weight=1000.0), rules=rules, **robust)
+
+
 MASKS = {"secure_aggregation": {"minimum": 4}}
 
 

@@ -17,12 +17,17 @@ from hansa.core.config import TrainSection
 from hansa.core.fold import Fold
 from hansa.core.optimizer import adam, sgd
 from hansa.core.ports import Work
+from hansa.core.stack import Stack
 from hansa.core.strategy import Steps
 from hansa.core.tree import layout_of
 from hansa.core.values import Aggregate, Model, Plan, Update
 from hansa.filters.cast import cast
 from hansa.filters.clip import clip
 from hansa.filters.weigh import weigh
+from hansa.robust.coordinates import median
+from hansa.robust.defend import robust
+from hansa.robust.geometric_median import geometric_median
+from hansa.robust.krum import multi_krum
 from hansa.strategies.fedavg import fedavg
 from hansa.strategies.fedavgm import fedavgm
 from hansa.strategies.fedopt import fedadagrad, fedadam, fedyogi
@@ -41,6 +46,9 @@ STRATEGIES = {
     "fedadagrad": fedadagrad,
     "fedprox": fedprox,
     "scaffold": scaffold,
+    "robust-median": lambda: robust(fedavg(), median(1), 2.0),
+    "robust-krum": lambda: robust(fedadam(), multi_krum(0)),
+    "robust-geometric": lambda: robust(fedavgm(), geometric_median(1)),
     "scaffold-sites": lambda: scaffold(objective="sites"),
 }
 SITES = ("s0", "s1", "s2")
@@ -80,7 +88,10 @@ def updates(strategy, seed=0):
 
 def folded(strategy, arriving):
     expected = dict.fromkeys(strategy.weighed, layout_of(moving(PARAMS)))
-    fold = Fold(SITES, expected, strategy.weighed, len(SITES))
+    if strategy.combine is None:
+        fold = Fold(SITES, expected, strategy.weighed, len(SITES))
+    else:
+        fold = Stack(strategy.combine, SITES, expected, len(SITES))
     for update in arriving:
         fold.add(update)
     return fold.close()

@@ -79,6 +79,17 @@ EXAMPLES: Mapping[str, Any] = {
     "engine.workers": 2,
     "engine.sites": {"site-a": {"cpus": 2}},
     "evaluation.patience": 3,
+    "privacy.mechanism": "dp-sgd",
+    "privacy.unit": "example",
+    "privacy.clip": 1.0,
+    "privacy.adaptive_clip": {"quantile": 0.5},
+    "privacy.noise_multiplier": 1.0,
+    "privacy.epsilon": 8.0,
+    "privacy.delta": 1e-5,
+    "privacy.weight_cap": 1000.0,
+    "privacy.participations": 5,
+    "secure_aggregation.step": 1e-6,
+    "secure_aggregation.metrics": {"loss_sum": 1e6, "examples": 1e6},
 }
 """What stands, commented out, at settings that have no default value."""
 
@@ -133,7 +144,7 @@ def text(path: Path, recipe: str) -> str:
         if section is None:
             lines += _setting(key, key, field, values)
         else:
-            tables += ["", *_settings(key, section, values.get(key, {}))]
+            tables += ["", *_settings(key, section, values.get(key, {}), field.default is None)]
     return "\n".join([*lines, *tables]) + "\n"
 
 
@@ -142,11 +153,10 @@ def _section(field: FieldInfo) -> type[Section] | None:
     return next((kind for kind in options if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
-def _settings(table: str, section: type[Section], values: Mapping[str, Any]) -> Iterator[str]:
+def _settings(table: str, section: type[Section], values: Mapping[str, Any], may_be_left_out: bool) -> Iterator[str]:
     if section.__doc__:
         yield f"## {section.__doc__.splitlines()[0].replace('``', '')}"
-    needed = {key for key, field in section.model_fields.items() if field.is_required()}
-    yield f"[{table}]" if needed <= set(values) else f"# [{table}]"
+    yield f"# [{table}]" if may_be_left_out and not values else f"[{table}]"
     for key, field in section.model_fields.items():
         yield from _setting(key, f"{table}.{key}", field, values)
 
@@ -163,7 +173,7 @@ def _setting(key: str, where: str, field: FieldInfo, values: Mapping[str, Any]) 
     if default is PydanticUndefined or default is None or default in ([], {}):
         default = EXAMPLES.get(where, default)
     elif hasattr(default, "model_dump"):
-        default = default.model_dump()
+        default = default.model_dump(exclude_none=True)
     yield f"# {key} = {toml(default)}"
 
 

@@ -15,6 +15,7 @@ has to, and says what its result is by a function of one block; the result is co
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,15 @@ class Rows:
     """The updates of a round.
 
     Args:
-        descriptor: an open file of rows.
+        descriptor: an open file of rows; it is held open by a descriptor of its own.
         sites: whose rows they are, in order.
         layout: part -> tensor -> spec, as the model has it.
     """
 
     def __init__(self, descriptor: int, sites: tuple[str, ...], layout: Mapping[str, Layout]) -> None:
         self.sites = sites
-        self._descriptor = descriptor
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
         self._layout = layout
         self._places, self._width = places(layout)
         self._step = max(LEAST, BLOCK // max(1, len(sites)))

@@ -4,7 +4,7 @@
 Guarantees beside those of :mod:`hansa.core.fold`, each held by a test:
 
 - memory is a few blocks, whatever the model's size and the number of sites; accepted updates lie in one file, as wide
-  as they would be summed, until :meth:`Stack.discard`;
+  as they would be summed, until the stack is discarded and its aggregate let go of;
 - the result depends on the set of accepted updates alone, and is the same to the bit whether it is read a block at a
   time or whole.
 
@@ -18,7 +18,8 @@ Guarantees beside those of :mod:`hansa.core.fold`, each held by a test:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,11 +60,12 @@ class Stack(Fold):
         self._places, self._width = places(expected)
         self._kept: list[str] = []
         self._file: int | None = None
+        self._close: Callable[[], object] = lambda: None
 
     def close(self) -> Aggregate:
         """Return the rule's result as the sum of one update, with the rule's notes.
 
-        Its tensors are read from the updates, so they are gone after :meth:`discard`.
+        Tensors of a large model are read from the updates' file, which they hold open.
 
         Raises:
             StorageError: an update can't be read.
@@ -84,9 +86,7 @@ class Stack(Fold):
 
     def discard(self) -> None:
         """Free every update."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._close()
         super().discard()
 
     def _put(self, handle: Handle, discount: float) -> None:
@@ -96,6 +96,7 @@ class Stack(Fold):
             if self._file is None:
                 path = self._folder() / "updates.bin"
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                self._close = weakref.finalize(self, os.close, self._file)
                 path.unlink()  # it is this round's only, and goes with its descriptor, whatever ends the process
             for chunk in handle.chunks():
                 offset, dtype = self._places[chunk.part, chunk.tensor]
