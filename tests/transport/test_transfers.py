@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import msgspec
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from hansa.transport import client, messages, protocol
 from hansa.transport.client import Connection
 from hansa.transport.messages import Get, Offer
 from hansa.transport.pieces import PIECE_BYTES, Incoming, Manifest, describe
-from hansa.transport.server import Destination, Server, serve
+from hansa.transport.server import LANES, Destination, Server, serve
 from relay import Relay, relay
 
 from .conftest import Depot, Dial, Federation
@@ -493,3 +496,46 @@ async def test_a_slow_disk_holds_the_network_back(
         released.set()
         await transfer
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
+
+
+async def test_a_large_transfer_leaves_no_connection_behind(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC keeps the buffers of the largest reads until a connection ends: memory would grow with the sites."""
+    channels = []
+    secure_channel = grpc.aio.secure_channel
+
+    def noted(*arguments: object) -> object:
+        channels.append(secure_channel(*arguments))
+        return channels[-1]
+
+    monkeypatch.setattr(grpc.aio, "secure_channel", noted)
+    small = tmp_path / "small"
+    small.write_bytes(b"x" * 1000)
+    async with dial() as connection:
+        await connection.upload("j", "small", small, describe(small))
+        await connection.call(messages.ListJobs())
+        assert len(channels) == 1, "one connection serves calls and small files"
+        await connection.upload("j", "t", file, describe(file))
+        manifest = depot.put(file)
+        await connection.download("j", manifest.digest, tmp_path / "back")
+        states = [channel.get_state() for channel in channels]
+        assert states == [grpc.ChannelConnectivity.READY] + 2 * [grpc.ChannelConnectivity.SHUTDOWN]
+
+
+async def test_slow_sites_take_up_nobodys_turn(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
+    """As many uploads as there are lanes stand still; another upload and a download get through meanwhile."""
+    manifest = describe(file)
+    told = [Offer("j", f"slow-{n}", manifest.digest, len(manifest.encode())) for n in range(LANES)]
+    other = tmp_path / "other"
+    other.write_bytes(file.read_bytes()[::-1])
+    async with contextlib.AsyncExitStack() as stack, dial() as connection:
+        for offer in told:
+            call = await stack.enter_async_context(connection._stream("Upload"))
+            await call.write(protocol.encode(offer))
+            await call.write(manifest.encode())
+            assert protocol.decode(messages.Wanted, await call.read()).ranges, "it has its turn"
+        async with asyncio.timeout(40):
+            await connection.upload("j", "t", other, describe(other))
+            await connection.download("j", depot.put(other).digest, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == other.read_bytes()

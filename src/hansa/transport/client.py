@@ -10,6 +10,7 @@ the server's certificate expired                 UnreachableError, after patienc
 nothing moves for ``stall_s``, connection open   a new connection; a transfer goes on where it was
 killed during a download                         the next one with the same path goes on where it was
 our certificate is renewed                       a new connection for what comes next; old streams get a minute
+a large transfer                                 has a connection of its own, which ends with it
 a piece with other bytes than its digest says    ChecksumError: TLS came through, so the file at its sender is damaged
 ===============================================  ================================================================
 """
@@ -62,6 +63,8 @@ CONNECT_S = 20.0
 STALL_S = 30.0
 PAUSE_S, MAX_PAUSE_S = 0.2, 10.0
 LEAVE_S = 60.0
+LARGE_BYTES = 4 << 20
+"""A larger transfer has a connection of its own: gRPC keeps buffers of its largest reads until a connection ends."""
 AHEAD = 2
 """Pieces of a stream that are read or written while another is on the network."""
 
@@ -73,6 +76,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=Message)
 
+_Identity = tuple[bytes, bytes, bytes, str]
 _FOR_GOOD = {"UNIMPLEMENTED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "UNAUTHENTICATED"}
 
 
@@ -104,7 +108,7 @@ class Connection:
         self._stall_s = stall_s
         self._channel: Any = None
         self._introduced = False
-        self._identity: tuple[object, ...] = ()
+        self._identity: _Identity | None = None
         self._opening = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
@@ -259,7 +263,10 @@ class Connection:
         before, size = incoming.num_bytes_missing, incoming.manifest.num_bytes
         if not before:  # the last attempt broke after its last piece
             return
-        async with ThreadGroup[None](self._threads) as writing, self._stream("Download") as call:
+        async with (
+            ThreadGroup[None](self._threads) as writing,
+            self._stream("Download", own=before > LARGE_BYTES) as call,
+        ):
             ranges = incoming.missing()[:MAX_RANGES]
             await call.write(protocol.encode(Get(job, incoming.manifest.digest, ranges)))
             await call.done_writing()
@@ -289,7 +296,10 @@ class Connection:
             return protocol.frame(index, read_piece(descriptor, manifest, index, path))
 
         try:
-            async with ThreadGroup[bytes](self._threads) as ahead, self._stream("Upload") as call:
+            async with (
+                ThreadGroup[bytes](self._threads) as ahead,
+                self._stream("Upload", own=manifest.num_bytes > LARGE_BYTES) as call,
+            ):
                 await self._write(call, protocol.encode(offer))
                 for data in protocol.in_frames(manifest.encode()):
                     await self._write(call, data)
@@ -327,9 +337,9 @@ class Connection:
             raise await self._diagnosed(error) from error
 
     @contextlib.asynccontextmanager
-    async def _stream(self, name: str) -> AsyncIterator[Any]:
-        """Open a stream, and end it on leaving."""
-        channel = await self._open()
+    async def _stream(self, name: str, *, own: bool = False) -> AsyncIterator[Any]:
+        """Open a stream, over a connection of its own if so wished, and end it on leaving."""
+        channel = await (self._dial(self._identity_now()) if own else self._open())
         call = channel.stream_stream(protocol.path_of(name))(metadata=protocol.METADATA)
         try:
             with _as_ours():
@@ -343,6 +353,8 @@ class Connection:
             raise
         finally:
             call.cancel()
+            if own:
+                await channel.close(None)
 
     async def _frames(self, call: Any) -> AsyncIterator[bytes]:
         while True:
@@ -402,32 +414,49 @@ class Connection:
         return UnreachableError(f"The connection to {self.address} broke: {lost}.")
 
     async def _open(self) -> Any:
-        """Return a channel that is connected, by the certificate of now."""
+        """Return the channel for calls, connected, by the certificate of now."""
         async with self._opening:
-            key, certificate = self._kit.pair()
-            identity = (key, certificate, self._kit.authority_pem(), self._kit.server_name)
+            identity = self._identity_now()
             if self._channel is not None and identity != self._identity:
                 self._leave(self._channel)
             if self._channel is None:
-                credentials = grpc.ssl_channel_credentials(identity[2], key, certificate)
-                self._channel = grpc.aio.secure_channel(self.address, credentials, self._options())
-                self._identity = identity
+                self._channel, self._identity = self._channel_of(identity), identity
             channel = self._channel
             try:
-                async with asyncio.timeout(min(CONNECT_S, self._stall_s)):
-                    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
-                        if state in (
-                            grpc.ChannelConnectivity.TRANSIENT_FAILURE,
-                            grpc.ChannelConnectivity.SHUTDOWN,
-                        ):
-                            break
-                        await channel.wait_for_state_change(state)
-                    else:
-                        return channel
-            except TimeoutError:
-                pass
-            self._leave(channel)
-            raise _LostError("no connection came about", connecting=True)
+                await self._connected(channel)
+            except _LostError:
+                self._leave(channel)
+                raise
+            return channel
+
+    async def _dial(self, identity: _Identity) -> Any:
+        """Return another channel, connected; it is the caller's to close."""
+        channel = self._channel_of(identity)
+        try:
+            await self._connected(channel)
+        except BaseException:
+            await channel.close(None)
+            raise
+        return channel
+
+    def _identity_now(self) -> _Identity:
+        return (*self._kit.pair(), self._kit.authority_pem(), self._kit.server_name)
+
+    def _channel_of(self, identity: _Identity) -> Any:
+        key, certificate, authority, _ = identity
+        credentials = grpc.ssl_channel_credentials(authority, key, certificate)
+        return grpc.aio.secure_channel(self.address, credentials, self._options())
+
+    async def _connected(self, channel: Any) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(CONNECT_S, self._stall_s)):
+                while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                    if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                        break
+                    await channel.wait_for_state_change(state)
+                else:
+                    return
+        raise _LostError("no connection came about", connecting=True)
 
     def _options(self) -> list[tuple[str, object]]:
         proxy = diagnosis.proxy_for(self.address, self._proxy)
