@@ -346,7 +346,10 @@ class Job(Section):
         description="Files, folders or globs in the job's folder that travel with it to the sites of a deployment.",
     )
     train: TrainSection = TrainSection()
-    strategy: Algorithm = Algorithm(name="fedavg")
+    strategy: Algorithm = Field(
+        Algorithm(name="fedavg"),
+        description='How updates become a model; robust = {rule = "multi-krum", malicious = 2} stands sites that lie.',
+    )
     filters: list[Choice] = Field(default_factory=list)
     privacy: PrivacySection | None = Field(None, description="Differential privacy; none if left out.")
     secure_aggregation: SecureAggregationSection | None = Field(
