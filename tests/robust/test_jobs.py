@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import toys
+from hansa.cli import checking
 from hansa.core import tree as trees
+from hansa.core.fit import Piece, Trait, conflicts
 from hansa.core.values import Model, Snapshot, Update
 from hansa.errors import FitError, JobError, QuorumError
 from hansa.robust.coordinates import median
@@ -20,6 +22,7 @@ from hansa.simulation.run import run
 from hansa.strategies.fedavg import fedavg
 from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import scatter_gather
+from quadratics import data, federation
 
 MEDIAN = {"rule": "median", "malicious": 1}
 
@@ -173,6 +176,38 @@ def test_a_rule_that_is_not_well_written_is_refused_with_its_key(rule, said):
     with pytest.raises(JobError) as caught:
         job(rule=rule)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_check_shows_the_rule_and_says_when_too_few_are_asked(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.json").write_text(job(rule={**MEDIAN, "max_norm": 2.0}).to_json())
+    checking.check(tmp_path / "job.json", (), as_json=bool(options))
+    shown = capsys.readouterr().out
+    assert "median" in shown
+    assert ("needs_each" if options else "looks at each site's update") in shown
+    with pytest.raises(FitError, match="needs at least 5 updates, and a round asks 3 sites"):
+        checking.check(tmp_path / "job.json", ("strategy.robust.malicious=2",), as_json=bool(options))
+
+
+def test_dp_sgd_composes_with_a_rule():
+    """Its noise is in what a site sends, and a rule is only what is made of that."""
+    noisy = Piece("privacy", "dp-sgd", frozenset({Trait.PER_EXAMPLE}))
+    assert conflicts([Piece("rule", "median", frozenset({Trait.NEEDS_EACH})), noisy]) == []
+
+
+def test_the_loop_stands_a_lie_too():
+    """Site s2 has data of its own kind: the mean follows it, the median does not."""
+    far = {**data(), "s2": (np.full(7, 4.0), np.full(7, 1e6))}
+    ends = {}
+    for name, strategy in {"mean": fedavg(), "median": robust(fedavg(), median(1))}.items():
+        loop = federation(strategy)
+        state = loop.initialize()
+        for _ in range(3):
+            state, _ = loop.next(state, far)
+        ends[name] = float(state.params["w"])
+    assert ends["mean"] > 1e3
+    assert 0 < ends["median"] < 3
 
 
 def test_a_rule_of_your_own_is_a_value():

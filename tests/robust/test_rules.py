@@ -346,11 +346,13 @@ def test_what_is_not_finite_or_does_not_fit_is_refused_before_it_is_kept() -> No
     stack.discard()
 
 
-def test_metrics_and_weights_are_added_up_as_without_a_rule() -> None:
-    sent = [Update(u.site, 1, 0, u.parts, 2.0, {"loss": 1.5}) for u in updates(drawn(5, 0))]
+@pytest.mark.parametrize("weight", [2.0, 3e38])
+def test_metrics_are_added_up_and_no_stated_weight_counts(weight: float) -> None:
+    """Two of the largest weights there are would overflow, and end the job."""
+    sent = [Update(u.site, 1, 0, u.parts, weight, {"loss": 1.5}) for u in updates(drawn(5, 0))]
     stack = stack_of("median", sent, 1)
     total = closed(stack, sent)
-    assert (total.weight, total.metrics) == (10.0, {"loss": 7.5})
+    assert (total.weight, total.metrics) == (5.0, {"loss": 7.5})
     stack.discard()
 
 

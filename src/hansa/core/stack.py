@@ -10,6 +10,7 @@ Guarantees beside those of :mod:`hansa.core.fold`, each held by a test:
 
 | case | result |
 |---|---|
+| a weight of any size that a site states | it counts as 1 |
 | fewer updates than the rule needs, or none | no result; the quorum of the round says so |
 | a result that is not finite, of updates near the end of float64 | NonFiniteError, when it is read |
 | the disk is full | StorageError |
@@ -88,6 +89,10 @@ class Stack(Fold):
         """Free every update."""
         self._close()
         super().discard()
+
+    def _accumulate(self, handle: Handle, discount: float) -> None:
+        super()._accumulate(handle, discount)
+        self._weight = float(len(self._kept))
 
     def _put(self, handle: Handle, discount: float) -> None:
         assert discount == 1.0, "the fit check keeps late updates out"
