@@ -356,6 +356,14 @@ def test_metrics_are_added_up_and_no_stated_weight_counts(weight: float) -> None
     stack.discard()
 
 
+def test_an_update_that_says_it_started_from_an_older_model_is_refused() -> None:
+    sent = updates(drawn(3, 0))
+    stack = stack_of("median", sent, 1)
+    with pytest.raises(WireError, match="older model"):
+        stack.add(sent[0], 0.5)
+    stack.discard()
+
+
 def test_updates_that_can_not_be_read_are_a_storage_error(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_bytes(bytes(10))

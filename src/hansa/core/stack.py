@@ -10,6 +10,7 @@ Guarantees beside those of :mod:`hansa.core.fold`, each held by a test:
 
 | case | result |
 |---|---|
+| an update that says it started from an older model | rejected |
 | a weight of any size that a site states | it counts as 1 |
 | fewer updates than the rule needs, or none | no result; the quorum of the round says so |
 | a result that is not finite, of updates near the end of float64 | NonFiniteError, when it is read |
@@ -30,7 +31,7 @@ from hansa.core.fold import Fold
 from hansa.core.ports import Handle
 from hansa.core.tree import Layout
 from hansa.core.values import Aggregate
-from hansa.errors import NonFiniteError, StorageError
+from hansa.errors import NonFiniteError, StorageError, WireError
 
 
 class Stack(Fold):
@@ -62,6 +63,17 @@ class Stack(Fold):
         self._kept: list[str] = []
         self._file: int | None = None
         self._close: Callable[[], object] = lambda: None
+
+    def add(self, handle: Handle, discount: float = 1.0) -> None:
+        """Accept one update, as :meth:`Fold.add` does, of the model at hand only.
+
+        Raises:
+            WireError: besides, it started from an older model.
+        """
+        if discount != 1.0:
+            reason = f"The update started from an older model, and {self._rule.name!r} compares those of one."
+            raise WireError(reason, site=handle.header.site, round=handle.header.round)
+        super().add(handle)
 
     def close(self) -> Aggregate:
         """Return the rule's result as the sum of one update, with the rule's notes.
@@ -95,7 +107,6 @@ class Stack(Fold):
         self._weight = float(len(self._kept))
 
     def _put(self, handle: Handle, discount: float) -> None:
-        assert discount == 1.0, "the fit check keeps late updates out"
         begin = len(self._kept) * self._width
         try:
             if self._file is None:
