@@ -42,7 +42,7 @@ from pathlib import Path
 
 from hansa import bundle as bundles
 from hansa.core import storage, wire
-from hansa.core.config import Choice, Job
+from hansa.core.config import Algorithm, Job
 from hansa.core.values import Plan, Task, Update
 from hansa.errors import (
     AccessError,
@@ -254,7 +254,7 @@ class JoinedJob:
         if given.kind == "advertise":
             task = policy.check_session(unpack(letter, Terms), job, given)
         form = course_form(job, given.course, task, self._site)
-        course = Course(given.course, (), Choice.model_validate(form.strategy), (), terms_from(form.terms))
+        course = Course(given.course, (), Algorithm.model_validate(form.strategy), (), terms_from(form.terms))
         weighed = course.pieces()[0].weighed
         answering = partial(
             self._sessions().exchange,
