@@ -45,14 +45,11 @@ from hansa.core import storage, wire
 from hansa.core.config import Algorithm, Job
 from hansa.core.values import Plan, Task, Update
 from hansa.errors import (
-    AccessError,
     ChecksumError,
     HansaError,
     PolicyError,
-    PrivacyError,
     SiteError,
     StorageError,
-    VersionError,
     WireError,
 )
 from hansa.pki.identities import Identities
@@ -253,23 +250,24 @@ class JoinedJob:
         task: Task = "evaluate"
         if given.kind == "advertise":
             task = policy.check_session(unpack(letter, Terms), job, given)
-        form = course_form(job, given.course, task, self._site)
-        course = Course(given.course, (), Algorithm.model_validate(form.strategy), (), terms_from(form.terms))
-        weighed = course.pieces()[0].weighed
-        answering = partial(
-            self._sessions().exchange,
-            given.course,
-            job.secure_aggregation,
-            course.terms,
-            weighed,
-            self._site,
-            given.kind,  # type: ignore[arg-type]
-            letter,
-        )
         try:
+            form = course_form(job, given.course, task, self._site)
+            course = Course(given.course, (), Algorithm.model_validate(form.strategy), (), terms_from(form.terms))
+            answering = partial(
+                self._sessions().exchange,
+                given.course,
+                job.secure_aggregation,
+                course.terms,
+                course.pieces()[0].weighed,
+                self._site,
+                given.kind,  # type: ignore[arg-type]
+                letter,
+            )
             async with self._exchanging:
                 return Outcome(letter=await whole(answering))
-        except (PrivacyError, AccessError, VersionError) as error:
+        except StorageError:
+            raise  # tried again: the disk may have room then
+        except HansaError as error:
             raise PolicyError(error.message) from error
 
     async def _receive(self, connection: Connection, given: Assignment, job: Job) -> tuple[Path, Plan]:
