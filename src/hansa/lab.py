@@ -106,7 +106,7 @@ def lab(
             made.up()
             with made:
                 yield made
-        except BaseException:
+        except BaseException:  # let go of what was begun; raised again
             made.down()
             raise
         if not keep:

@@ -213,7 +213,7 @@ class Store:
         try:
             store._held.enter_context(_locked(directory / "server.lock"))
             store._own()
-        except BaseException:
+        except BaseException:  # let go of what was begun; raised again
             store.close()
             raise
         return store
@@ -236,7 +236,7 @@ class Store:
                 raise StorageError(f"There is no server's database at {store._name}.")
             if revision != schema.REVISION:
                 raise VersionError(f"The database {store._name} was made by another release (schema {revision}).")
-        except BaseException:
+        except BaseException:  # let go of what was begun; raised again
             store.close()
             raise
         return store

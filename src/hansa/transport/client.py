@@ -434,7 +434,7 @@ class Connection:
         channel = self._channel_of(identity)
         try:
             await self._connected(channel)
-        except BaseException:
+        except BaseException:  # let go of what was begun; raised again
             await channel.close(None)
             raise
         return channel

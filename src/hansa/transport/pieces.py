@@ -239,7 +239,7 @@ class Incoming:
             except OSError as error:
                 self.close()
                 raise self._failed(error) from error
-            except BaseException:
+            except BaseException:  # let go of what was begun; raised again
                 self.close()
                 raise
 

@@ -400,7 +400,7 @@ class Server:
         acquiring = asyncio.ensure_future(self._lanes.acquire())
         try:
             await _beating(context, acquiring)
-        except BaseException:
+        except BaseException:  # let go of what was begun; raised again
             if acquiring.done() and not acquiring.cancelled():
                 self._lanes.release()
             raise
@@ -478,7 +478,7 @@ async def _beating(context: _Context, work: Awaitable[_T]) -> _T:
     try:
         while not (await asyncio.wait({task}, timeout=BEAT_S))[0]:
             await context.write(protocol.BEAT)
-    except BaseException:
+    except BaseException:  # let go of what was begun; raised again
         task.cancel()
         await asyncio.wait({task})
         raise
