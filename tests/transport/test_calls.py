@@ -406,7 +406,11 @@ METHODS = [*(kind.__name__ for kind in messages.CALLS), "Attend", "Follow", "Dow
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_another_protocol_is_told(raw: grpc.aio.Channel, depot: Depot, method: str) -> None:
-    assert await say(raw, method, [b"\x80"], known=False) == "VersionError"
+    for _ in range(5):  # gRPC may see the stream's end before the trailers that came with it; a Connection tries again
+        told = await say(raw, method, [b"\x80"], known=False)
+        if told != "INTERNAL":
+            break
+    assert told == "VersionError"
     assert depot.calls == []
 
 
