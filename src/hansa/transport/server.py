@@ -263,7 +263,7 @@ class Server:
                 await _end(context, self._expelled[task], grpc.StatusCode.UNAUTHENTICATED)
             except grpc.aio.BaseError:
                 raise
-            except Exception:
+            except Exception:  # a defect: logged here, and told without what it says
                 number = secrets.token_hex(4)
                 log.exception("%s of %s failed, error %s", name, who, number)
                 defect = HansaError(f"The server failed at {name}; its log says more under error {number}.")
