@@ -18,6 +18,7 @@ HansaError                  1
 ├── AccessError            10   who you are does not allow this: certificate, role or scope
 ├── UnreachableError       11   a server that can't be reached
 ├── PrivacyError           12   a privacy promise that can't be kept: a mechanism, an ε or a budget
+├── AuditError             13   an attack broke a privacy promise
 └── InterruptedRunError   130   stopped by the user; the finished rounds are on disk
 
 0 is success and 70 a defect in Hansa itself (a traceback is shown). Exit codes are part of the interface.
@@ -148,6 +149,12 @@ class PrivacyError(HansaError):
     """A privacy promise that can't be kept: an ε that no noise gives, a budget that is spent, an unfit mechanism."""
 
     exit_code = 12
+
+
+class AuditError(HansaError):
+    """An audit's attack did what a privacy promise rules out; the report says which, and by how much."""
+
+    exit_code = 13
 
 
 class InterruptedRunError(HansaError):

@@ -51,6 +51,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "scatter-gather": "hansa.workflows.scatter_gather:workflow",
         "cyclic": "hansa.workflows.cyclic:workflow",
     },
+    "attacks": {},
 }
 
 _EXTRAS = {

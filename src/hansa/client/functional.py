@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hansa.client.batches import num_steps, shuffled
 from hansa.core import storage
@@ -520,6 +521,33 @@ class FunctionalProgram:
     def show(self, params: Tree) -> Mapping[str, str]:
         """Return nothing: there is no text to look at."""
         return {}
+
+    def count(self, site: str) -> int:
+        """Return how many training rows a site has."""
+        return len(self.examples(site).train[-1])
+
+    def batch(self, site: str, rows: NDArray[np.int64]) -> dict[str, Array]:
+        """Return training rows of a site: ``inputs``, ``inputs_1`` and so on where there are several, ``targets``."""
+        *inputs, targets = (array[rows] for array in self.examples(site).train)
+        named = {f"inputs_{place}" if place else "inputs": array for place, array in enumerate(inputs)}
+        return {**named, "targets": targets}
+
+    def losses(self, params: Tree, site: str, rows: NDArray[np.int64]) -> Array:
+        """Return the loss of a model with ``params`` on each of these training rows, float64."""
+        lifted, data = self.lifted(trees.floating(params)), self.examples(site).train
+        size = self.section.eval_batch_size
+        found = [
+            self.functional.rows(lifted, tuple(self.functional.lift(a[rows[start : start + size]]) for a in data))
+            for start in range(0, len(rows), size)
+        ]
+        return np.concatenate([np.asarray(values["loss"], np.float64) for values in found])
+
+    def holding(self, rows: Mapping[str, NDArray[np.int64]]) -> FunctionalProgram:
+        """Return the same program where each site named here has only these of its training rows."""
+        kept = {site: self.examples(site) for site in self.sites}
+        for site, chosen in rows.items():
+            kept[site] = Examples(tuple(array[chosen] for array in kept[site].train), kept[site].test)
+        return replace(self, data=kept, _kept=dict(kept))
 
     def close(self) -> None:
         """Forget what was loaded."""

@@ -20,7 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hansa.client import torch as local
@@ -301,6 +303,37 @@ class FineTune:
         self._tuned.model.eval()
         with torch.inference_mode(), pretrained.quiet():
             return self._task.show(self._tuned.model, self._processor)
+
+    def count(self, site: str) -> int:
+        """Return how many training examples a site has."""
+        return len(self._examples(site).train)
+
+    def batch(self, site: str, rows: NDArray[np.int64]) -> dict[str, Array]:
+        """Return training examples of a site as the model takes them."""
+        train = self._examples(site).train
+        return {name: local.to_array(tensor) for name, tensor in self._batch([train[i] for i in rows]).items()}
+
+    def losses(self, params: Tree, site: str, rows: NDArray[np.int64]) -> Array:
+        """Return the loss of a model with ``params`` on each of these training examples, float64."""
+        train, size = self._examples(site).train, self._job.train.eval_batch_size
+        self._tuned.set(params)
+        self._tuned.model.eval()
+        with torch.inference_mode():
+            found = [
+                self._task.losses(self._tuned.model, self._batch([train[i] for i in rows[start : start + size]]))
+                for start in range(0, len(rows), size)
+            ]
+        return np.concatenate([np.asarray(values.double().cpu()) for values in found])
+
+    def holding(self, rows: Mapping[str, NDArray[np.int64]]) -> FineTune:
+        """Return the same program where each site named here has only these of its training examples."""
+        other = FineTune(self._job, self._task)
+        other._splits, other._sites = self._splits, {name: self._examples(name) for name in self.sites}
+        for name, kept in rows.items():
+            whole = self._examples(name)
+            other._sites[name] = _Site([whole.train[i] for i in kept], whole.test)
+        other.__dict__.update(_processor=self._processor, _tuned=self._tuned)
+        return other
 
     def close(self) -> None:
         """Free models and data; they are loaded again if they are needed again."""
