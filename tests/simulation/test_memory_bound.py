@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "benchmarks" / "memory.py"
-MIB = 8
+MIB = 4  # the largest that is worked on in memory
 
 
 def copies(strategy, sites, directory, monkeypatch):

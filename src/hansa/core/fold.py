@@ -39,7 +39,7 @@ from hansa.core.tree import Array, Layout
 from hansa.core.values import Aggregate, Header, Update
 from hansa.errors import NonFiniteError, StorageError, WireError
 
-MAP_BYTES = 64 << 20
+MAP_BYTES = trees.LARGE
 """Accumulators larger than this are memory-mapped files."""
 
 _SMALLEST = float(np.finfo(np.float32).tiny)

@@ -34,8 +34,8 @@ from hansa.core.lazy import apply
 Tree = Mapping[str, Array]
 Parts = Mapping[str, Tree]
 
-LARGE = 64 << 20
-"""Trees of more bytes than this are not held in memory."""
+LARGE = 4 << 20
+"""Trees of more bytes than this are not held in memory: a round would hold several copies at once."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
