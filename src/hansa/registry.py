@@ -51,7 +51,9 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "scatter-gather": "hansa.workflows.scatter_gather:workflow",
         "cyclic": "hansa.workflows.cyclic:workflow",
     },
-    "attacks": {},
+    "attacks": {
+        "inversion": "hansa.audit.inversion:attack",
+    },
 }
 
 _EXTRAS = {

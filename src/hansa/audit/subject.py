@@ -139,7 +139,10 @@ class Subject:
 
         What was changed belongs into the finding's ``setting``.
         """
-        job = config.parse(config.override(self.job.model_dump(mode="json"), overrides))
+        return self.of(config.parse(config.override(self.job.model_dump(mode="json"), overrides)))
+
+    def of(self, job: Job) -> Subject:
+        """Return the subject of another job over the same data, from the same model."""
         return _loaded(job, self.run, self.params)
 
     def carry_out(

@@ -549,6 +549,12 @@ class FunctionalProgram:
             kept[site] = Examples(tuple(array[chosen] for array in kept[site].train), kept[site].test)
         return replace(self, data=kept, _kept=dict(kept))
 
+    def gradient(self, params: Tree) -> Callable[[Mapping[str, Any]], AnyTree]:
+        """Return ``batch, named as by batch() -> the gradient of its mean loss`` at ``params``, in the framework's own
+        arrays, so that torch can differentiate it again."""
+        lifted = self.lifted(trees.floating(params))
+        return lambda batch: self.functional.gradient(lifted, tuple(batch.values()), None)[1]
+
     def close(self) -> None:
         """Forget what was loaded."""
         self._kept.clear()

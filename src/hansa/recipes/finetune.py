@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hansa.client import torch as local
 from hansa.client.batches import num_steps, shuffled
@@ -334,6 +335,29 @@ class FineTune:
             other._sites[name] = _Site([whole.train[i] for i in kept], whole.test)
         other.__dict__.update(_processor=self._processor, _tuned=self._tuned)
         return other
+
+    def gradient(self, params: Tree) -> Callable[[Batch], dict[str, Tensor]]:
+        """Return ``batch, named as by batch() -> the gradient of its mean loss`` at ``params``, which torch can
+        differentiate again; dropout is off."""
+        model, shared, _ = self.opened(params)
+        trainable = {name: tensor for name, tensor in shared.items() if tensor.requires_grad}
+
+        def gradient(batch: Batch) -> dict[str, Tensor]:
+            with sdpa_kernel(SDPBackend.MATH):  # the others can't be differentiated twice
+                loss, _ = self._task.loss(model, batch)
+                found = torch.autograd.grad(loss, list(trainable.values()), create_graph=True, allow_unused=True)
+            return {
+                name: torch.zeros_like(tensor) if grad is None else grad
+                for (name, tensor), grad in zip(trainable.items(), found, strict=True)
+            }
+
+        return gradient
+
+    def opened(self, params: Tree) -> tuple[nn.Module, Mapping[str, Tensor], Any]:
+        """Return the model at ``params`` (without dropout), its shared tensors by name, and its processor, for those
+        who look inside. They are the program's own, and hold until its next call."""
+        self._tuned.set(params)
+        return self._tuned.model.eval(), self._tuned.shared, self._processor
 
     def close(self) -> None:
         """Free models and data; they are loaded again if they are needed again."""

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient inversion recovers examples from a real job's plain updates, and finds noise in protected ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import audited
+from hansa.audit import inversion, uploads
+from hansa.audit.finding import Finding, Measure, Skipped
+from hansa.audit.subject import Subject, opened
+from hansa.core.config import Job
+from hansa.runs.progress import Silent
+from hansa.sinks import plots
+from tiny import BERT, rows
+
+MASKS = {"minimum": 3}
+DP_SGD = {"mechanism": "dp-sgd", "clip": 1.0, "noise_multiplier": 2.5, "delta": 1e-4}
+
+
+def found(job: Job) -> Finding:
+    with opened(job) as subject:
+        finding = inversion.attack(subject, np.random.default_rng(0), Silent())
+    assert isinstance(finding, Finding)
+    return finding
+
+
+def measure(finding: Finding, name: str) -> Measure:
+    return next(each for each in finding.measures if each.name.startswith(name))
+
+
+def guesses(subject: Subject, count: int) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+    """Attack ``count`` single uploads: the guess, the example, and whether the label was read off."""
+    strongest = uploads.alone(subject)
+    program, done = subject.program, []
+    for upload, _ in uploads.single_uploads(strongest, count, np.random.default_rng(1), Silent()):
+        batch = program.batch(upload.site, upload.rows)
+        guess = inversion.from_layer(upload.delta["0.weight"], upload.delta["0.bias"], 1)[0]
+        label = inversion.label_of(upload.delta["2.bias"]) == batch["targets"][0]
+        done.append((guess, batch["inputs"][0].astype(np.float64), bool(label)))
+    assert len(done) == count
+    return done
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"filters": [{"name": "clip", "max_norm": 0.01}]},
+        {"privacy": {"mechanism": "central", "clip": 0.01, "noise_multiplier": 1.0, "delta": 1e-4}},
+    ],
+    ids=["plain", "clip alone", "noise at the server alone"],
+)
+def test_an_example_is_read_off_a_plain_update(tmp_path: Path, section: dict[str, Any]) -> None:
+    with opened(audited.job(tmp_path, **section)) as subject:
+        done = guesses(subject, 12)
+    assert max(np.linalg.norm(guess - truth) / np.linalg.norm(truth) for guess, truth, _ in done) < 1e-6
+    assert all(label for _, _, label in done)
+
+
+def test_masks_leave_no_more_than_noise(tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    with opened(audited.job(tmp_path)) as subject:
+        plain = [cosine(guess, truth) for guess, truth, _ in guesses(subject, 12)]
+    with opened(audited.job(tmp_path, secure_aggregation=MASKS)) as subject:
+        done = guesses(subject, 36)
+        nothing = [uploads.noise(subject.params, generator) for _ in done]
+    masked = [cosine(guess, truth) for guess, truth, _ in done]
+    chance = [
+        cosine(inversion.from_layer(each["0.weight"], each["0.bias"], 1)[0], truth)
+        for each, (_, truth, _) in zip(nothing, done, strict=True)
+    ]
+    assert stats.ks_2samp(masked, chance).pvalue > 1e-4
+    assert not uploads.is_better(np.array(masked), np.array(chance))
+    assert stats.binomtest(sum(label for _, _, label in done), len(done), 0.25, alternative="greater").pvalue > 1e-4
+    assert uploads.is_better(np.array(plain), np.array(chance)), "the test can tell"
+
+
+def test_what_a_plain_job_s_report_says(tmp_path: Path) -> None:
+    finding = found(audited.job(tmp_path))
+    assert finding.verdict == "leaks"
+    assert measure(finding, "one example: cosine").value > 0.999999
+    assert abs(measure(finding, "one example: cosine").baseline) < 0.2
+    named = measure(finding, "right example named")
+    assert (named.value, named.baseline) == (1.0, 1 / 32)
+    assert measure(finding, "label read off").value == 1.0
+    assert measure(finding, "the job's round").value > 0, "units that one example alone excites"
+    assert "32 of 32" in finding.says
+    assert "<svg" in plots.svg("p", finding.pictures[0].title, finding.pictures[0].draw, finding.pictures[0].height)
+
+
+def test_what_a_masked_job_s_report_says(tmp_path: Path) -> None:
+    finding = found(audited.job(tmp_path, secure_aggregation=MASKS))
+    assert finding.verdict in ("holds", "leaks"), "leaks would be of the sum, which the server does learn"
+    assert measure(finding, "right example named").low < 0.1
+    assert measure(finding, "the job's round: examples recovered from an upload").value == 0
+    assert measure(finding, "the job's round: examples recovered from the sum").baseline == 0
+    assert "no more than it reads in noise" in finding.says
+
+
+def test_what_dp_sgd_promises_bounds_the_attack(tmp_path: Path) -> None:
+    finding = found(audited.job(tmp_path, privacy=DP_SGD))
+    assert finding.verdict == "holds"
+    sure = finding.measures[3]
+    with opened(audited.job(tmp_path, privacy=DP_SGD)) as subject:
+        epsilon = subject.promised("the server")
+        assert sure.bound == pytest.approx(np.exp(epsilon) / 32 + 1e-4)
+        assert not sure.is_broken
+        assert uploads.named(32, 32, 32, subject)[1].is_broken, "an attack that always names the right one"
+        assert uploads.verdict(subject, upload=True, total=False, broken=True) == "fails"
+
+
+def test_noise_follows_the_whole_job_s_epsilon(tmp_path: Path) -> None:
+    asked = {"mechanism": "dp-sgd", "clip": 1.0, "epsilon": 3.0, "delta": 1e-4}
+    with opened(audited.job(tmp_path, rounds=3, privacy=asked)) as subject:
+        assert uploads.alone(subject).plan.terms.noise_multiplier == subject.plan.terms.noise_multiplier
+
+
+def test_images_are_recovered_without_a_fully_connected_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inversion, "STEPS", 60)
+    finding = found(audited.job(tmp_path, recipe=audited.CONVOLUTION))
+    assert finding.setting.startswith("optimised attack on 10 updates")
+    assert measure(finding, "one example: cosine").value > 0.98
+    assert measure(finding, "right example named").value == 1.0
+    assert finding.verdict == "leaks"
+
+
+def test_tokens_are_left_to_the_attack_on_texts(tmp_path: Path) -> None:
+    lines = [{"text": "ab" * (1 + i % 4), "label": str(i % 2)} for i in range(6)]
+    data = {"train": {"s": rows(tmp_path / "texts.jsonl", lines)}, "labels": ["0", "1"]}
+    values = {"recipe": "sequence-classification", "model": BERT, "data": data, "train": {}}
+    with opened(audited.job(tmp_path, **values)) as subject:
+        assert isinstance(inversion.attack(subject, np.random.default_rng(0), Silent()), Skipped)
