@@ -34,7 +34,16 @@ pytestmark = pytest.mark.timeout(90)
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_script" / "job.toml"
 
-TASK = {"type": "task", "task": "train", "job": "j", "round": 1, "rounds": 2, "meta": {}, "correction": None}
+TASK = {
+    "type": "task",
+    "task": "train",
+    "job": "j",
+    "round": 1,
+    "rounds": 2,
+    "meta": {},
+    "correction": None,
+    "private": None,
+}
 
 GOOD = """
 import hansa.client as flare

@@ -230,7 +230,16 @@ def test_decorated_functions_receive_and_send(tmp_path):
     assert [r["metrics"]["train_loss"] for r in done.records] == [1, 3, 5]
 
 
-TASK = {"type": "task", "task": "train", "job": "j", "round": 1, "rounds": 2, "meta": {}, "correction": None}
+TASK = {
+    "type": "task",
+    "task": "train",
+    "job": "j",
+    "round": 1,
+    "rounds": 2,
+    "meta": {},
+    "correction": None,
+    "private": None,
+}
 
 
 def test_what_is_kept_and_what_is_waited_for():

@@ -20,6 +20,7 @@
 | | always a round's; after a crash of the process both start anew |
 | random numbers | ``args.seed`` and ``args.data_seed`` are ``meta["seed"]``, so every round has batches of its own |
 | FedProx, SCAFFOLD | work (``recipe.steps = "prepared"``); SCAFFOLD with ``optim = "sgd"`` |
+| a job under dp-sgd | PrivacyError that names ``prepare`` |
 | several processes | DDP and FSDP under ``torchrun``: rank 0 talks, the others are sent what it received; |
 | | ``evaluate`` before the first ``train`` does not keep the model from being wrapped |
 | ``fsdp`` in the arguments, on a machine without a GPU | accelerate trains with DDP instead, and does not say so; |
@@ -35,6 +36,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hansa.client import models, ranks
+from hansa.client.private import refuse
 from hansa.client.script import (
     AnalyticsDataType,
     FLModel,
@@ -131,6 +133,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         if self._judged_turn is not None and self._judged_turn == session.turn:
             return None
         seed = int(self._task()["seed"])
+        refuse(session, "a trainer fetches batches ahead, and divides a loss by what its whole batch holds")
         trainer.args.seed = trainer.args.data_seed = seed
         if not self._restore and trainer.optimizer is not None:
             trainer.optimizer.state.clear()

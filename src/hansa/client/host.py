@@ -155,13 +155,30 @@ class _Door:
 
 
 class Started:
-    """A script that runs as a process of ours, from its start to its end."""
+    """A script that runs as a process of ours, from its start to its end.
+
+    Args:
+        site: whose it is.
+        command, environment, folder: how it is started.
+        note: is given what the script logs.
+        telling: whether errors give what it printed last; else that is in the log only.
+
+    Raises:
+        JobError: it can't be started.
+    """
 
     def __init__(
-        self, site: str, command: Sequence[str], environment: Mapping[str, str], folder: Path, note: Note
+        self,
+        site: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        note: Note,
+        telling: bool = True,
     ) -> None:
         self._site = site
         self._note = note
+        self._telling = telling
         self._line: _Line | None = None
         self._busy = False
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
@@ -265,6 +282,8 @@ class Started:
         return SiteError(f"The script ended {how}.{self._last_lines()}", site=self._site)
 
     def _last_lines(self) -> str:
+        if not self._telling:
+            return " What it printed is in the site's log, and under dp-sgd stays there."
         return f" Its last lines:\n    {'    '.join(self._tail).rstrip()}" if self._tail else ""
 
     def _read_output(self) -> None:

@@ -19,6 +19,7 @@
 | ``max_epochs``, ``max_steps`` | are meant a round (``update_fit_loop=False`` leaves them to the script) |
 | random numbers | seeded at ``fit`` from ``meta["seed"]`` and the rank |
 | FedProx, SCAFFOLD | work with automatic and manual optimisation (``recipe.steps = "prepared"``); one optimiser |
+| a job under dp-sgd | PrivacyError that names ``prepare`` |
 | several processes | DDP and FSDP under ``torchrun``: rank 0 talks, the others are sent what it received |
 | on CPUs | ``ModelParallelStrategy`` shards, if it is given its ``data_parallel_size``; ``FSDPStrategy`` is for GPUs |
 | ``module.__fl_meta__`` | a mapping that is sent as ``meta`` |
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 
 from hansa.client import models, ranks
+from hansa.client.private import refuse
 from hansa.client.script import (
     AnalyticsDataType,
     FLModel,
@@ -138,6 +140,7 @@ class FLCallback(Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Load the received model, seed, and put the optimisers' state back."""
         meta = self._load(trainer, pl_module)
+        refuse(self._session, "Lightning fetches examples ahead of the step that they belong to")
         seed = (int(meta["seed"]) + ranks.own()) & 0xFFFFFFFF
         random.seed(seed)
         np.random.seed(seed)

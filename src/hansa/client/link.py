@@ -2,7 +2,7 @@
 """The local socket between a user's script and the program that runs the federation at its site.
 
     script ── hello {protocol, token} ──> host ── welcome {site} ──> script
-    host ── task {task, job, round, rounds, meta, correction} + parameters, context ──> script
+    host ── task {task, job, round, rounds, meta, correction, private} + parameters, context ──> script
     script ── log {key, value, ...} ──> host                       at any time
     script ── result {params_type, metrics, meta, steps} + parameters ──> host
     host ── end ──> script
@@ -25,7 +25,7 @@ from hansa.core import wire
 from hansa.core.tree import Array, Parts
 from hansa.errors import WireError
 
-PROTOCOL = 2
+PROTOCOL = 3
 SOCKET_VARIABLE = "HANSA_SOCKET"
 TOKEN_VARIABLE = "HANSA_TOKEN"
 ATTACH_VARIABLE = "HANSA_ATTACH"

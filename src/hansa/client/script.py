@@ -25,6 +25,8 @@ Names and meanings follow the client API of NVIDIA FLARE, so that a script for i
 | ``is_submit_model()`` | never: no workflow of Hansa asks a site for a model that it kept |
 | ``meta["seed"]`` | a 32-bit seed for this site and round: with it, the same job gives the same model |
 | ``log`` | goes to the site's own log; numbers logged in training also travel with the round's update |
+| a job under dp-sgd | only what ``prepare`` trained may be sent, and without metrics (:mod:`hansa.client.private`); |
+| | metrics that are sent when ``is_evaluate()`` leave |
 | the federation ends | ``is_running()`` is False; clean up and return |
 | the process that started the script is gone | the script is ended, in the middle of a step too; on every rank |
 | an attached process (``init(attach=...)``) | waits for a job, and outlives it: the next ``receive`` waits again |
@@ -65,9 +67,10 @@ from hansa.client.link import (
 )
 from hansa.core import tree as trees
 from hansa.core.tree import Array, Parts
-from hansa.errors import JobError, SiteError
+from hansa.errors import JobError, PrivacyError, SiteError
 
 if TYPE_CHECKING:
+    from hansa.client.private import PrivateSteps
     from hansa.client.steps import Stepping
 
 Kind = Literal["numpy", "torch"]
@@ -153,6 +156,8 @@ class Assignment:
     rounds: int
     meta: Mapping[str, Any]
     correction: Mapping[str, Any] | None
+    private: Mapping[str, Any] | None = None
+    """The draws of this round's DP-SGD (:meth:`hansa.privacy.steps.NoisySteps.tell`), where the job promises that."""
 
 
 class Session:
@@ -174,6 +179,9 @@ class Session:
         self.assignment: Assignment | None = None
         self.context: Parts = {}
         self.stepping: Stepping | None = None
+        self.private: PrivateSteps | None = None
+        self.received: dict[str, Array] = {}
+        """The parameters as they came, where no script can change them; kept under dp-sgd only."""
         self._link = link
         self._again = again
         self._model: FLModel | None = None
@@ -251,9 +259,11 @@ class Session:
         self.context = {part: tree for part, tree in parts.items() if part != PARAMS}
         self.assignment = Assignment(
             (self.assignment or _NONE).number + 1,
-            *(message[name] for name in ("task", "job", "round", "rounds", "meta", "correction")),
+            *(message[name] for name in ("task", "job", "round", "rounds", "meta", "correction", "private")),
         )
         self._answered = False
+        private = self.assignment.private is not None and self.assignment.task == "train"
+        self.received = {name: leaf.copy() for name, leaf in parts.get(PARAMS, {}).items()} if private else {}
         self._model = FLModel(
             params_type=ParamsType.FULL,
             params=_received(parts.get(PARAMS, {}), self.tensors),
@@ -282,7 +292,7 @@ class Session:
         if model.optimizer_params is not None:
             warnings.warn("optimizer_params stay at the site; only params are sent.", stacklevel=3)
         kind = model.params_type
-        message = {
+        message: dict[str, Any] = {
             "type": "result",
             "params_type": None if model.params is None or kind is None else ParamsType(kind).value,
             "metrics": {name: _number(f"metrics[{name!r}]", value) for name, value in (model.metrics or {}).items()},
@@ -293,10 +303,29 @@ class Session:
             },
             "steps": None if self.stepping is None else self.stepping.taken(),
         }
-        self._tell(message, None if model.params is None else {PARAMS: _sent(model.params)})
+        params = None if model.params is None else _sent(model.params)
+        if self.received:
+            message["private"] = self._check_private(params, kind)
+            if model.metrics:
+                warnings.warn("Under dp-sgd metrics are not sent with an update: no noise covers them.", stacklevel=3)
+        self._tell(message, None if params is None else {PARAMS: params})
+        self.received = {}
         self._answered = True
         if clear_cache:
             self.clear()
+
+    def _check_private(self, params: Mapping[str, Array] | None, kind: ParamsType | str | None) -> int:
+        """Return how many steps of DP-SGD made ``params``.
+
+        Raises:
+            PrivacyError: none did, or something else had a hand in them.
+        """
+        if params is None or self.private is None:
+            raise PrivacyError(
+                "The job is under dp-sgd, so the model that is sent must have been trained with the optimizer and the "
+                "loader of hansa.client.prepare(model, optimizer, loader)."
+            )
+        return self.private.check_sent(params, kind)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Send a line for the site's log."""

@@ -18,6 +18,7 @@ The script's loop stays as it is. A job says ``recipe.steps = "prepared"``, and 
 | several processes (DDP, FSDP2) | every rank corrects its gradients, or its shards of them, alike |
 | a parameter that the shared model lacks | left alone |
 | ``prepare`` in every round, or once | the same |
+| a job under dp-sgd | as :mod:`hansa.client.private` says |
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hansa import registry
 from hansa.client import models, ranks
+from hansa.client.private import PrivateSteps, restore
 from hansa.client.script import Session, current
 from hansa.client.torch import to_tensor
 from hansa.core.fit import Trait
@@ -49,14 +51,23 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any = No
         loader: what the batches come from. If it has a data set of known length, that is the site's weight, unless
             the script says another in ``meta``.
 
+    In a job under ``dp-sgd`` the loader that is returned draws the batches, and gives their examples one by one; the
+    loop has to use it (:mod:`hansa.client.private`). Without a task at hand it waits for one, to know what job it is.
+
     Returns:
-        what was given: ``(model, optimizer)`` or ``(model, optimizer, loader)``.
+        ``(model, optimizer)`` or ``(model, optimizer, loader)``: what was given, but for such a loader.
 
     Raises:
         JobError: the strategy needs plain SGD steps, and this optimiser takes others.
+        PrivacyError: the job is under ``dp-sgd``, and this can't be trained so.
     """
     session = current()
+    if session.assignment is None and session.rank == 0 and ranks.world() == 1:
+        session.wait()
+    restore(optimizer)
     Stepping(session, models.parameters(model), optimizer, _length(loader))
+    if session.assignment is not None and session.assignment.private is not None:
+        loader = PrivateSteps(session, model, optimizer, loader).loader
     return (model, optimizer) if loader is None else (model, optimizer, loader)
 
 

@@ -157,7 +157,8 @@ _RULES = (
         Trait.PER_EXAMPLE,
         Trait.WHOLE_BATCHES,
         "no bound can be put on what one example does.",
-        "use a recipe that Hansa trains itself, or mechanism 'local' or 'central', which bound a site's whole update.",
+        "use a recipe that Hansa trains itself, hansa.client.prepare in a script and recipe.steps = 'prepared', or "
+        "mechanism 'local' or 'central', which bound a site's whole update.",
     ),
     _Rule(
         Trait.PER_EXAMPLE,

@@ -41,6 +41,11 @@ class Secret:
         assert len(key) == KEY_BYTES
         self._key = key
 
+    @property
+    def key(self) -> bytes:
+        """The secret itself, for another process of its owner."""
+        return self._key
+
     @classmethod
     def fresh(cls) -> Secret:
         """Return a new one, from the operating system's generator."""

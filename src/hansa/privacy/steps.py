@@ -24,18 +24,21 @@ Guarantees, each held by a test:
 | a trained tensor of half precision | ModelError |
 | ``train.max_seconds`` runs out | fewer steps than were accounted for |
 
-n itself is public: a site sends it as its weight. Training losses are not sent.
+n itself is public: a site sends it as its weight. Training losses are not sent. Scripts of one's own make these steps
+through :mod:`hansa.client.private`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hansa.core.config import Job
+from hansa.core.config import Job, PrivacySection
 from hansa.core.tree import Array
 from hansa.errors import ModelError
 from hansa.privacy.draws import Secret
@@ -58,6 +61,25 @@ class NoisySteps:
     count: int
     secret: Secret = field(default_factory=Secret.fresh)
 
+    @classmethod
+    def told(cls, message: Mapping[str, Any]) -> NoisySteps:
+        """Return the draws that :meth:`tell` told of."""
+        section = PrivacySection.model_validate(message["section"])
+        secret = Secret(bytes.fromhex(message["secret"]))
+        return cls(Terms(section, message["releases"], message["rate"]), message["examples"], message["steps"], secret)
+
+    def tell(self) -> dict[str, Any]:
+        """Return the draws as JSON types, for another process of this site: the secret is in it, the noise known."""
+        found = {"noise_multiplier": self.terms.noise_multiplier, "epsilon": None}
+        return {
+            "section": self.terms.section.model_copy(update=found).model_dump(mode="json"),
+            "releases": self.terms.rounds,
+            "rate": self.terms.rate,
+            "examples": self.examples,
+            "steps": self.count,
+            "secret": self.secret.key.hex(),
+        }
+
     @property
     def clip(self) -> float:
         """The largest norm of an example's gradient, C."""
@@ -68,11 +90,19 @@ class NoisySteps:
         """A seed for whatever else the round draws, dropout above all."""
         return int(self.secret.generator("seed").integers(1 << 63))
 
+    @property
+    def per_epoch(self) -> int:
+        """How many steps an epoch has."""
+        return math.ceil(self.examples / round(self.terms.rate * self.examples))
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Return the row numbers of a step's batch, in order: each row with the rate's probability, by itself."""
+        drawn = self.secret.generator("batch", step).random(self.examples)
+        return np.flatnonzero(drawn < self.terms.rate)
+
     def batches(self) -> Iterator[NDArray[np.int64]]:
-        """Yield ``count`` batches of row numbers, in order; each has every row with the rate's probability."""
-        for step in range(self.count):
-            drawn = self.secret.generator("batch", step).random(self.examples)
-            yield np.flatnonzero(drawn < self.terms.rate)
+        """Yield the batches of all steps."""
+        return map(self.batch, range(self.count))
 
     def noised(self, step: int, sums: Mapping[str, Array]) -> dict[str, Array]:
         """Return the gradient of a step.

@@ -18,7 +18,9 @@ through :mod:`hansa.client`. What it prints goes to the run's ``sites.log``. Its
 | ``is_evaluate()`` | asked for at ``evaluation.every``; what the script sends as metrics is used, parameters are not |
 | it sends no metrics | there are none; nothing else changes |
 | a strategy that acts on steps (FedProx, SCAFFOLD) | needs ``steps = "prepared"``; else refused by the fit check |
-| under it, the script sends an update without ``prepare`` or ``patch`` | no update from the site in this round |
+| dp-sgd (:mod:`hansa.client.private`) | needs ``steps = "prepared"`` and ``examples``; no metrics of training, |
+| | logged numbers or last lines of what it printed leave the site, and n is its weight |
+| under one of these, the script sends an update without ``prepare`` or ``patch`` | no update in this round |
 | ``launch = ["-m", "torch.distributed.run", ...]`` | several processes; rank 0 talks |
 | what it logs in training | numbers go with the update, thinned to what an update carries (:mod:`hansa.core.values`); |
 | | in an evaluation, and whatever is no number: to the site's log only |
@@ -55,6 +57,7 @@ from hansa.core.strategy import Steps
 from hansa.core.tree import Array, Tree
 from hansa.core.values import Plan, Task
 from hansa.errors import DataError, HansaError, JobError, ModelError, SiteError, nearest
+from hansa.privacy.steps import NoisySteps, noisy_steps
 
 PATIENCE = 5
 """How many of the cohort's deadlines a script may take for an answer, if the job gives no ``timeout_s``."""
@@ -77,6 +80,8 @@ class Options:
         env: what is set in its environment beside this process's own.
         timeout_s: seconds that it may take for one answer.
         steps: "own", or "prepared" if the script takes its steps through ``prepare`` or ``patch``.
+        examples: how many training examples each site's data set has, or a table SITE = number; dp-sgd's noise and ε
+            follow from it.
         launch: what stands between the interpreter and the script, e.g. the module ``torch.distributed.run``.
         attached: whether the site's owner starts the process, instead of Hansa.
         attach: the folder in which attached processes look, one folder a site in it.
@@ -89,6 +94,7 @@ class Options:
     env: dict[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     steps: Literal["own", "prepared"] = "own"
+    examples: int | dict[str, int] | None = None
     launch: list[str] = field(default_factory=list)
     attached: bool = False
     attach: str | None = None
@@ -115,10 +121,14 @@ class Script:
             raise JobError(f"There is no script {str(self._path)!r}.{nearest(self._path.name, siblings)}")
         if options.timeout_s is not None and not options.timeout_s > 0:
             raise JobError(f"recipe.timeout_s must be above 0, it is {options.timeout_s}.")
+        counts = options.examples.values() if isinstance(options.examples, dict) else [options.examples]
+        if any(count is not None and count < 1 for count in counts):
+            raise JobError("recipe.examples must be above 0 for every site.")
         self._files = _site_files(job)
         self.sites: Sequence[str] = _site_names(options, self._files)
-        unseen = {Trait.OPAQUE_STEPS} if options.steps == "own" else set()
-        self.traits = frozenset({Trait.STEPWISE, *unseen})
+        seen = {Trait.BOUNDS_EXAMPLES} if options.steps == "prepared" else {Trait.OPAQUE_STEPS}
+        self.traits = frozenset({Trait.STEPWISE, *seen})
+        self._noisy = noisy_steps(job)
         self._weights: dict[str, float] = {}
         self._processes: dict[tuple[str, str], Started | Attached] = {}
         self._logged: dict[str, Log] = {}
@@ -143,16 +153,29 @@ class Script:
         return _made(self._job, factory)
 
     def inspect(self, site: str) -> SiteReport:
-        """Check that the site's files are there; what is in them only the script knows."""
+        """Check that the site's files are there; what is in them only the script knows, or the job says it."""
         for path in self._files.get(site, {}).values():
             if not path.exists():
                 raise DataError(f"There is no data file {str(path)!r}.", site=site)
-        return SiteReport(site, {})
+        told = self._options.examples is not None or self._noisy is not None
+        return SiteReport(site, {"train": self._num_examples(site)} if told else {})
+
+    def _num_examples(self, site: str) -> int:
+        told = self._options.examples
+        count = told.get(site) if isinstance(told, dict) else told
+        if count is None:
+            raise JobError(
+                "Under dp-sgd the noise of a script's steps is measured for the number of its training examples: set "
+                f"recipe.examples to a number, or to a table that has {site!r}.",
+                site=site,
+            )
+        return count
 
     def train(self, site: str, plan: Plan, correction: Correction | None) -> Work:
         """Let the site's script train from ``plan.params``."""
         self._logged[site] = log = Log()
-        answer, params = self._exchange(site, plan, "train", correction)
+        noisy = None if self._noisy is None else self._noisy(self._num_examples(site))
+        answer, params = self._exchange(site, plan, "train", correction, noisy)
         if params is None:
             raise SiteError("The script sent no parameters: give FLModel(params=...) to send().", site=site)
         told = answer["steps"]
@@ -164,6 +187,8 @@ class Script:
             )
         told = told or {}
         trained = _trained(plan.params, params, answer["params_type"], site)
+        if noisy is not None:
+            return self._private(site, trained, noisy, answer)
         weight = _weight(answer)
         if not 0 < weight < float("inf"):
             raise SiteError(f"The script's weight (in meta) is {weight}; it must be above 0.", site=site)
@@ -172,10 +197,25 @@ class Script:
         steps = Steps(count, told.get("lr_sum", 0.0))
         return Work(trained, weight, steps, _sums(answer["metrics"], weight), logged=log.numbers)
 
+    def _private(self, site: str, trained: Tree, noisy: NoisySteps, answer: Mapping[str, Any]) -> Work:
+        """Return a round of DP-SGD: nothing leaves but what was noised, and n."""
+        made, told = answer["private"], answer["steps"]
+        if not (told and made and 0 < made <= noisy.count):
+            raise SiteError(
+                f"The job is under dp-sgd, and {made or 0} of at most {noisy.count} steps were made by the optimizer "
+                "and the loader that hansa.client.prepare(model, optimizer, loader) returns. Nothing is sent.",
+                site=site,
+            )
+        if answer["metrics"]:
+            _LOG.info("%s: the metrics that came with the update stay here: under dp-sgd no noise covers them", site)
+        self._weights[site] = noisy.examples
+        return Work(trained, noisy.examples, Steps(made, told["lr_sum"]), {})
+
     def evaluate(self, site: str, plan: Plan) -> Mapping[str, float]:
         """Return the metrics that the script gives for the received model, times the site's weight."""
         self._logged.pop(site, None)
-        answer, _ = self._exchange(site, plan, "evaluate")
+        noisy = None if self._noisy is None else self._noisy(self._num_examples(site))
+        answer, _ = self._exchange(site, plan, "evaluate", noisy=noisy)
         weight = answer["meta"].get("num_examples", self._weights.get(site, 1.0))
         return _sums(answer["metrics"], weight)
 
@@ -201,7 +241,12 @@ class Script:
                 list(pool.map(lambda process: process.end(), processes))
 
     def _exchange(
-        self, site: str, plan: Plan, task: Task, correction: Correction | None = None
+        self,
+        site: str,
+        plan: Plan,
+        task: Task,
+        correction: Correction | None = None,
+        noisy: NoisySteps | None = None,
     ) -> tuple[dict[str, Any], dict[str, Array] | None]:
         if site == EVERYONE:
             raise JobError("A script trains on its own site's data only, so there is no central baseline.")
@@ -216,10 +261,11 @@ class Script:
             "rounds": self._job.rounds,
             "meta": {
                 "task": task,
-                "seed": rng.derive(plan.seed, "script", plan.round, site) & 0xFFFFFFFF,
+                "seed": (noisy.seed if noisy else rng.derive(plan.seed, "script", plan.round, site)) & 0xFFFFFFFF,
                 "train": self._job.train.model_dump(mode="json"),
             },
             "correction": {"name": strategy.name, "options": strategy.options} if correction is not None else None,
+            "private": None if noisy is None else noisy.tell(),
         }
         parts = {PARAMS: plan.params, **(correction.context if correction is not None else {})}
         key = self._key(site, plan.job, task)
@@ -275,7 +321,8 @@ class Script:
         }
         interpreter = [self._options.python or sys.executable, *self._options.launch]
         command = [*interpreter, str(self._path), *self._options.args]
-        return Started(site, command, environment, self._job.path("."), functools.partial(self._note, site))
+        telling = self._noisy is None
+        return Started(site, command, environment, self._job.path("."), functools.partial(self._note, site), telling)
 
     def _note(self, site: str, entry: Mapping[str, Any]) -> None:
         """Write what the script gave to ``log`` into the site's log, as JSON, and keep its numbers for the update."""
@@ -297,9 +344,12 @@ def _answer(found: tuple[dict[str, Any], dict[str, dict[str, Array]]], site: str
             "lr_sum": float(told["lr_sum"]),
             "num_examples": told["num_examples"] and int(told["num_examples"]),
         }
+        private = message.get("private")
+        made = None if private is None else int(private)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SiteError(f"The script's answer has another form than this release's ({error!r}).", site=site) from None
-    checked = {"metrics": metrics, "meta": meta, "steps": steps, "params_type": message.get("params_type")}
+    kind = message.get("params_type")
+    checked = {"metrics": metrics, "meta": meta, "steps": steps, "private": made, "params_type": kind}
     return checked, parts.get(PARAMS)
 
 
