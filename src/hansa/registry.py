@@ -52,6 +52,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "cyclic": "hansa.workflows.cyclic:workflow",
     },
     "attacks": {
+        "canaries": "hansa.audit.canaries:attack",
         "inversion": "hansa.audit.inversion:attack",
     },
 }

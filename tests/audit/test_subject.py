@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from audits import job
 from hansa.audit.subject import Transparent, opened
 from hansa.core.config import Job, parse
 from hansa.core.storage import load_tree
@@ -20,26 +21,6 @@ from hansa.workflows.secure import MASKED, VECTOR
 from tiny import BERT, rows, same
 
 PRIVATE = {"mechanism": "central", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3}
-
-
-def job(folder: Path, **more: Any) -> Job:
-    """Return a job over three sites of twelve rows each."""
-    generator = np.random.default_rng(1)
-    for site in "abc":
-        points = generator.normal(size=(12, 4))
-        lines = [{"features": list(map(float, x)), "label": str(int(x[0] > 0))} for x in points]
-        rows(folder / f"{site}.jsonl", lines)
-    return parse(
-        {
-            "name": "audited",
-            "rounds": 2,
-            "recipe": {"name": "tabular-classification", "inputs": 4, "hidden": [8]},
-            "data": {"train": {site: str(folder / f"{site}.jsonl") for site in "abc"}, "labels": ["0", "1"]},
-            "train": {"epochs": 1, "batch_size": 4, "lr": 0.1, "optimizer": "sgd"},
-            "output": {"dir": str(folder / "runs")},
-            **more,
-        }
-    )
 
 
 def texts(folder: Path) -> Job:

@@ -97,6 +97,10 @@ class Finding:
     pictures: tuple[Picture, ...] = ()
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        broken = any(measure.is_broken for measure in self.measures)
+        assert broken == (self.verdict == "fails"), "it fails if a measure is above its bound, and only then"
+
 
 @dataclass(frozen=True)
 class Skipped:

@@ -35,7 +35,7 @@ from hansa.core.fit import check_fit
 from hansa.core.ports import Cohort, Handle, Program, Reply, SecureLine, SiteReport
 from hansa.core.strategy import Notes, Strategy
 from hansa.core.tree import Array, Parts, Tree
-from hansa.core.values import Aggregate, Model, Plan, Snapshot, Update
+from hansa.core.values import Aggregate, Model, Plan, RoundRecord, Snapshot, Update
 from hansa.errors import JobError
 from hansa.privacy.draws import Secret
 from hansa.privacy.plan import PrivacyPlan, Terms, terms_of_job
@@ -153,6 +153,7 @@ class Subject:
         rounds: int | None = None,
         seen: Callable[[Update], None] | None = None,
         released: Callable[[int, Aggregate], None] | None = None,
+        recorded: Callable[[RoundRecord], None] | None = None,
         progress: Progress | None = None,
     ) -> Tree:
         """Carry rounds of the job out under its own protection and return the model after the last (native dtypes).
@@ -163,6 +164,7 @@ class Subject:
             rounds: how many; the job's by default. ε is of all of the job's.
             seen: is called with every update as the server gets it; it is not to be changed.
             released: is called with each round's number and what the server's rule is given.
+            recorded: is called with each round's record, after the two above.
             progress: a step is counted for every round.
 
         Raises:
@@ -171,7 +173,7 @@ class Subject:
         job = self.job if rounds is None else self.job.model_copy(update={"rounds": rounds})
         with tempfile.TemporaryDirectory(prefix="hansa-audit-") as folder:
             chosen = self.params if params is None else params
-            watched = _Watch(job, program or self.program, chosen, seen, released, progress or Silent())
+            watched = _Watch(job, program or self.program, chosen, seen, released, recorded, progress or Silent())
             return asyncio.run(watched.rounds(Path(folder), self._course(program or self.program)))
 
     def _course(self, program: Program) -> Course:
@@ -237,10 +239,11 @@ class _Watch:
         params: Tree,
         seen: Callable[[Update], None] | None,
         released: Callable[[int, Aggregate], None] | None,
+        recorded: Callable[[RoundRecord], None] | None,
         progress: Progress,
     ) -> None:
         self._job, self._program, self._params = job, program, params
-        self._seen, self._released, self._progress = seen, released, progress
+        self._seen, self._released, self._recorded, self._progress = seen, released, recorded, progress
 
     async def rounds(self, folder: Path, course: Course) -> Tree:
         plain, _ = replace(course, terms=None).pieces()
@@ -256,6 +259,8 @@ class _Watch:
             async with contextlib.aclosing(rounds) as records:
                 async for record in records:
                     model = record.model
+                    if self._recorded is not None:
+                        self._recorded(record)
                     self._progress.advance()
             return {name: np.array(leaf) for name, leaf in model.native().items()}
 

@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
+from hansa.cli import audit, lab, pki, server, site
 from hansa.cli import job as jobs
-from hansa.cli import lab, pki, server, site
 from hansa.errors import DEFECT, HansaError, InterruptedRunError
 
 app = typer.Typer(
@@ -200,6 +200,7 @@ app.add_typer(pki.app)
 app.add_typer(server.app)
 app.add_typer(site.app)
 app.add_typer(lab.app)
+app.add_typer(audit.app)
 app.add_typer(jobs.app)
 app.command()(jobs.sites)
 

@@ -50,23 +50,45 @@ def page(report: Mapping[str, Any]) -> str:
     """
     if report.get("format") != FORMAT:
         raise VersionError(f"The report has format {report.get('format')}; this release reads {FORMAT}.")
+    plots = figures(f"then `hansa report {report['run']}` writes the page.")
+    return rendered("sinks/report.html.j2", **_content(report), figures=_figures(report, plots))
+
+
+def figures(then: str) -> ModuleType:
+    """Return :mod:`hansa.sinks.plots`.
+
+    Args:
+        then: what to do once the missing library is installed.
+
+    Raises:
+        MissingExtraError: matplotlib or Jinja2 is not installed.
+    """
     try:
-        import jinja2
+        import jinja2  # noqa: F401  (a page needs both)
 
         from hansa.sinks import plots
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("jinja2", "markupsafe", "matplotlib"):
             raise
         raise MissingExtraError(
-            f"A page needs {error.name!r}, which is not installed. Install it with: pip install 'hansa[report]', "
-            f"then `hansa report {report['run']}` writes the page."
+            f"A page needs {error.name!r}, which is not installed. Install it with: pip install 'hansa[report]', {then}"
         ) from None
+    return plots
+
+
+def rendered(template: str, **content: Any) -> str:
+    """Return a page from a template, named by its path in the package."""
+    import jinja2
+
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FunctionLoader(lambda name: resources.files("hansa").joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": number, "size": size, "duration": duration}
-    template = environment.from_string(resources.files("hansa.sinks").joinpath("report.html.j2").read_text("utf-8"))
-    return template.render(**_content(report), figures=_figures(report, plots))
+    return environment.get_template(template).render(**content)
 
 
 def _content(report: Mapping[str, Any]) -> dict[str, Any]:

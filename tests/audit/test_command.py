@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``hansa audit privacy`` through the command line: what holds, what is broken, what does not apply."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from audits import job as tabular
+from hansa.client import clipped
+from hansa.errors import AuditError
+from hansa.privacy.draws import Secret
+from shell import Result, hansa
+from tiny import rows
+
+NOISED = {"mechanism": "central", "clip": 0.5, "noise_multiplier": 2.0, "delta": 1e-5}
+
+
+@pytest.fixture
+def audit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return what audits a job over three small sites, with canaries."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str, **job: Any) -> Result:
+        recipe = {"name": "tabular-classification", "inputs": 4, "hidden": [160]}
+        values = tabular(tmp_path, **{"rounds": 1, "recipe": recipe, **job}).model_dump(mode="json")
+        (tmp_path / "job.json").write_text(json.dumps(values))
+        return hansa(capsys, monkeypatch, "audit", "privacy", "job.json", "--attack", "canaries", *words)
+
+    return call
+
+
+def weakened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide all Gaussian noise by four."""
+    true = Secret.gaussian
+
+    def gaussian(self: Any, shape: Any, dtype: Any, std: float, *labels: Any) -> Any:
+        return true(self, shape, dtype, std / 4, *labels)
+
+    monkeypatch.setattr(Secret, "gaussian", gaussian)
+
+
+def test_a_sound_mechanism_holds_and_is_reported(audit: Any, tmp_path: Path) -> None:
+    done = audit(privacy=NOISED)
+    assert done.code == 0
+    assert "ε proved" in done.out
+    found = json.loads((tmp_path / "runs" / "audited-audit" / "audit.json").read_text())
+    (finding,) = found["findings"]
+    proved, suggested, _ = finding["measures"]
+    assert found["verdict"] == finding["verdict"] == "holds"
+    assert proved["bound"] == found["privacy"]["claims"][0]["epsilon"] == pytest.approx(1.993, abs=1e-3)
+    assert 0 < proved["value"] < proved["bound"]
+    assert 1.2 < suggested["value"] < 2.8, "the best guess is of the right size"
+    page = (tmp_path / "runs" / "audited-audit" / "audit.html").read_text()
+    assert page.count("<svg") == 2
+    assert finding["says"] in page.replace("&#39;", "'")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        NOISED,
+        {"mechanism": "local", "clip": 0.5, "noise_multiplier": 4.0, "delta": 1e-5},
+        {"mechanism": "dp-ftrl", "clip": 0.5, "noise_multiplier": 2.0, "delta": 1e-5, "separation": 2},
+    ],
+    ids=lambda plan: plan["mechanism"],
+)
+def test_a_quarter_of_the_noise_breaks_the_promise(
+    audit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: dict[str, Any]
+) -> None:
+    weakened(monkeypatch)
+    done = audit("--out", "found", privacy=plan, rounds=2 if plan["mechanism"] == "dp-ftrl" else 1)
+    assert done.code == AuditError.exit_code == 13
+    assert "A privacy promise is broken" in done.err
+    found = json.loads((tmp_path / "found" / "audit.json").read_text())
+    assert found["verdict"] == "fails"
+    assert found["findings"][0]["measures"][0]["value"] > found["findings"][0]["measures"][0]["bound"]
+
+
+def test_an_update_that_is_not_clipped_breaks_the_promise(audit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hansa.core.bound.clip", lambda parts, clip: (parts, 0.0))
+    local = {"mechanism": "local", "clip": 0.5, "noise_multiplier": 4.0, "delta": 1e-5}
+    assert audit("--json", privacy=local).json["error"]["kind"] == "AuditError"
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["clipped", "not clipped"])
+def test_gradients_of_dp_sgd(audit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: bool) -> None:
+    if broken:
+        monkeypatch.setattr(clipped, "_factors", lambda norms, clip: torch.ones_like(norms))
+    lines = [{"features": [float(i % 7), 1.0, 0.5, float(i % 3)], "label": str(i % 2)} for i in range(1000)]
+    plan = {"mechanism": "dp-sgd", "clip": 0.5, "noise_multiplier": 2.0, "delta": 1e-5, "accountant": "rdp"}
+    done = audit(
+        privacy=plan,
+        data={"train": {"a": rows(tmp_path / "many.jsonl", lines)}, "labels": ["0", "1"]},
+        train={"steps": 5, "batch_size": 500, "lr": 0.1, "optimizer": "sgd"},
+    )
+    assert done.code == (13 if broken else 0), done.err
+
+
+def test_what_does_not_apply_says_why(audit: Any) -> None:
+    found = audit("--json").json
+    assert (found["verdict"], found["findings"]) == (None, [])
+    assert found["skipped"][0]["because"] == "The job promises no ε that canaries could disprove."
+
+
+def test_secret_cohorts_are_held_against_both_claims(audit: Any) -> None:
+    found = audit("--json", privacy=NOISED, rounds=3, cohort={"sample": 0.5}).json
+    measures = {measure["name"]: measure for measure in found["findings"][0]["measures"]}
+    claims = {claim["adversary"]: claim["epsilon"] for claim in found["privacy"]["claims"]}
+    assert measures["ε proved, public"]["bound"] == claims["the public"]
+    assert measures["ε proved, sites"]["bound"] == claims["the sites"] > claims["the public"]
+
+
+def test_an_unknown_attack_is_named(audit: Any) -> None:
+    done = audit("--attack", "canary")
+    assert done.code == 2
+    assert "Did you mean 'canaries'?" in done.err
