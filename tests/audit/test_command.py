@@ -53,8 +53,8 @@ def test_a_sound_mechanism_holds_and_is_reported(audit: Any, tmp_path: Path) -> 
     proved, suggested, _ = finding["measures"]
     assert found["verdict"] == finding["verdict"] == "holds"
     assert proved["bound"] == found["privacy"]["claims"][0]["epsilon"] == pytest.approx(1.993, abs=1e-3)
-    assert 0 < proved["value"] < proved["bound"]
-    assert 1.2 < suggested["value"] < 2.8, "the best guess is of the right size"
+    assert 0 <= proved["value"] < proved["bound"]
+    assert 0.8 < suggested["value"] < 3.4, "the best guess is of the right size"
     page = (tmp_path / "runs" / "audited-audit" / "audit.html").read_text()
     assert page.count("<svg") == 2
     assert finding["says"] in page.replace("&#39;", "'")
@@ -63,9 +63,9 @@ def test_a_sound_mechanism_holds_and_is_reported(audit: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "plan",
     [
-        NOISED,
-        {"mechanism": "local", "clip": 0.5, "noise_multiplier": 4.0, "delta": 1e-5},
-        {"mechanism": "dp-ftrl", "clip": 0.5, "noise_multiplier": 2.0, "delta": 1e-5, "separation": 2},
+        {"mechanism": "central", "clip": 0.5, "noise_multiplier": 1.5, "delta": 1e-5},
+        {"mechanism": "local", "clip": 0.5, "noise_multiplier": 3.0, "delta": 1e-5},
+        {"mechanism": "dp-ftrl", "clip": 0.5, "noise_multiplier": 1.5, "delta": 1e-5, "separation": 2},
     ],
     ids=lambda plan: plan["mechanism"],
 )
@@ -92,7 +92,7 @@ def test_gradients_of_dp_sgd(audit: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
     if broken:
         monkeypatch.setattr(clipped, "_factors", lambda norms, clip: torch.ones_like(norms))
     lines = [{"features": [float(i % 7), 1.0, 0.5, float(i % 3)], "label": str(i % 2)} for i in range(1000)]
-    plan = {"mechanism": "dp-sgd", "clip": 0.5, "noise_multiplier": 2.0, "delta": 1e-5, "accountant": "rdp"}
+    plan = {"mechanism": "dp-sgd", "clip": 0.5, "noise_multiplier": 4.0, "delta": 1e-5, "accountant": "rdp"}
     done = audit(
         privacy=plan,
         data={"train": {"a": rows(tmp_path / "many.jsonl", lines)}, "labels": ["0", "1"]},
