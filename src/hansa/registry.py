@@ -70,6 +70,8 @@ _EXTRAS = {
     "dp_accounting": "privacy",
     "randomgen": "privacy",
     "cryptography": "privacy",
+    "tenseal": "homomorphic",
+    "zstandard": "homomorphic",
     "opacus": "dp-sgd",
 }
 

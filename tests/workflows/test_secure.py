@@ -70,7 +70,7 @@ def test_the_model_is_that_of_the_plain_sum(tmp_path, engine, strategy):
 def test_the_server_gets_uniform_bytes_of_every_site(tmp_path, monkeypatch):
     """Each single upload looks like noise; the plain update of the same job does not."""
     seen = {}
-    add = server._Session._add
+    add = server.Session._add
 
     def noted(self, total, reply):
         values = np.concatenate([chunk.values for chunk in reply.chunks()])
@@ -78,7 +78,7 @@ def test_the_server_gets_uniform_bytes_of_every_site(tmp_path, monkeypatch):
         assert (reply.header.weight, reply.header.sums, reply.header.logged) == (1.0, {}, {})
         add(self, total, reply)
 
-    monkeypatch.setattr(server._Session, "_add", noted)
+    monkeypatch.setattr(server.Session, "_add", noted)
     run(job(tmp_path, rounds=1, recipe={"size": 20_000}, secure_aggregation={"metrics": {}}))
     (uploads,) = seen.values()
     assert len(uploads) == 10

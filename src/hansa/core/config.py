@@ -14,7 +14,7 @@ import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -296,23 +296,22 @@ class PrivacySection(Section):
         return self
 
 
-class SecureAggregationSection(Section):
-    """The server learns the sum of the sites' updates, and of no fewer: Bonawitz et al. 2017, eprint 2017/281."""
+class SecretSums(Section):
+    """What any way of showing the server sums only is told: how many are summed, and what one site may put in."""
+
+    default_step: ClassVar[float]
+    """The coarsest step of weighed elements where the job gives none, and no privacy plan bounds updates."""
 
     minimum: Annotated[int, Field(ge=3)] = Field(3, description="The fewest sites that are ever summed.")
-    corrupt: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.2, description="The share of the sites asked that may work with the server without learning more."
-    )
-    dropout: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.1, description="The share of the sites asked that may drop out; it counts above 64 sites."
-    )
     range: Annotated[float, Field(gt=0)] = Field(
         16.0,
         description="The largest magnitude of an update's element; a larger one is an error at its site. Beside "
         "[privacy] the clip bounds them.",
     )
     step: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="The coarsest step that weighed elements are rounded to; 1e-9, or with [privacy] clip / 2^20."
+        None,
+        description="The coarsest step that weighed elements are rounded to; 1e-9 under masks, 1e-6 encrypted, or with "
+        "[privacy] clip / 2^20.",
     )
     weight_cap: Annotated[float, Field(gt=0)] = Field(
         65536.0, description="The most examples that a site may weigh; more is an error. [privacy] has its own."
@@ -320,8 +319,47 @@ class SecureAggregationSection(Section):
     metrics: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="Sums that metrics are computed from, and the largest magnitude of each at a site; they are summed "
-        "under the masks too. Sums that are not named do not leave a site, and no metric of a single site does.",
+        "in secret too. Sums that are not named do not leave a site, and no metric of a single site does.",
     )
+
+
+class SecureAggregationSection(SecretSums):
+    """The server learns the sum of the sites' updates, and of no fewer: Bonawitz et al. 2017, eprint 2017/281."""
+
+    default_step: ClassVar[float] = 1e-9
+
+    corrupt: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.2, description="The share of the sites asked that may work with the server without learning more."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.1, description="The share of the sites asked that may drop out; it counts above 64 sites."
+    )
+
+
+class HomomorphicEncryptionSection(SecretSums):
+    """The server adds up updates that it can't read, and one site decrypts the sum: CKKS, Cheon et al. 2017."""
+
+    default_step: ClassVar[float] = 1e-6
+
+    key_site: Name | None = Field(
+        None,
+        description="The site that holds the secret key and sees the sums; of those asked, the first by name if left "
+        "out.",
+    )
+    full_model: bool = Field(False, description="Allow jobs that train more than an adapter; they are slow and large.")
+    max_bytes: Annotated[int, Field(gt=0)] = Field(
+        1 << 29, description="The largest encrypted update of a site; a larger one is refused before a round begins."
+    )
+
+
+def secret_sums(
+    values: Mapping[str, Any] | None,
+) -> SecureAggregationSection | HomomorphicEncryptionSection | None:
+    """Return the section that ``values`` were dumped from."""
+    if values is None:
+        return None
+    kind = HomomorphicEncryptionSection if "key_site" in values else SecureAggregationSection
+    return kind.model_validate(values)
 
 
 class Job(Section):
@@ -355,6 +393,9 @@ class Job(Section):
     secure_aggregation: SecureAggregationSection | None = Field(
         None, description="The server sees sums only; it sees every update if left out."
     )
+    homomorphic_encryption: HomomorphicEncryptionSection | None = Field(
+        None, description="In place of masks: the server adds encrypted updates, and one site decrypts the sum."
+    )
     workflow: Choice = Choice(name="scatter-gather")
     cohort: CohortSection = CohortSection()
     engine: EngineSection = EngineSection()
@@ -375,6 +416,11 @@ class Job(Section):
         if value != FORMAT:
             raise ValueError(f"this release reads jobs of format {FORMAT} only")
         return value
+
+    @property
+    def secret_sums(self) -> SecureAggregationSection | HomomorphicEncryptionSection | None:
+        """How the server is kept from seeing more than sums; None where it sees every update."""
+        return self.secure_aggregation or self.homomorphic_encryption
 
     def path(self, value: str) -> Path:
         """Return ``value`` as a path, relative to the job's directory."""

@@ -36,6 +36,9 @@ class Trait(Enum):
     WHOLE_BATCHES = "bounds no single example"
     BATCH_CLIP = "clips the gradient of a batch"
     MASKED = "shows the server sums only"
+    ENCRYPTED = "sums encrypted updates, to which one site has the key"
+    ADAPTERS_ONLY = "is for the small updates of an adapter"
+    WHOLE_MODEL = "trains more than an adapter"
     UNPROTECTED = "trains on the same data without protection"
     NEEDS_EACH = "looks at each site's update by itself"
     RELAYS = "hands the model from site to site, without a sum or a server step"
@@ -193,8 +196,8 @@ _RULES = (
     _Rule(
         Trait.MASKED,
         Trait.ENCODES,
-        "what travels are elements of a ring, as wide whatever they were made from.",
-        "leave the filter out; secure_aggregation.step and range decide how wide.",
+        "what travels are elements of a ring or ciphertexts, as wide whatever they were made from.",
+        "leave the filter out; the step and range of [secure_aggregation] decide how wide.",
     ),
     _Rule(
         Trait.MASKED,
@@ -203,10 +206,24 @@ _RULES = (
         "set baselines.local and baselines.central to false.",
     ),
     _Rule(
+        Trait.ENCRYPTED,
+        Trait.MASKED,
+        "each makes a sum of its own kind: masks are added as they are, and cancel in no ciphertext.",
+        "keep secure_aggregation, where no single site holds a key to the sum; or homomorphic_encryption, where sites "
+        "are few and one of them is trusted with sums.",
+    ),
+    _Rule(
+        Trait.ADAPTERS_ONLY,
+        Trait.WHOLE_MODEL,
+        "an encrypted number takes 32 bytes, so a whole model is eight times what it is, for every site and round.",
+        "give model.adapter, or use secure_aggregation, or pay for it with homomorphic_encryption.full_model = true.",
+    ),
+    _Rule(
         Trait.NEEDS_EACH,
         Trait.MASKED,
         "the server sees a sum only, so it can neither compare updates nor hold one to a bound.",
-        "leave out strategy.robust or secure_aggregation: whether you fear the sites or the server is for you to say.",
+        "leave out strategy.robust, or secure_aggregation or homomorphic_encryption: whether you fear the sites or the "
+        "server is for you to say.",
     ),
     _Rule(
         Trait.NEEDS_EACH,

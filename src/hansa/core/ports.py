@@ -39,8 +39,8 @@ class Handle(Protocol):
 Reply = Handle | Absence
 
 
-Phase = Literal["advertise", "share", "receive", "vote", "reveal", "finish"]
-"""What a message of secure aggregation asks of a site."""
+Phase = Literal["advertise", "share", "receive", "vote", "reveal", "offer", "accept", "open", "finish"]
+"""What a message of secure aggregation, or of homomorphic encryption, asks of a site."""
 
 
 class SecureLine(Protocol):
@@ -59,7 +59,8 @@ class SecureLine(Protocol):
     async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Send each site its message of the session in which ``plan`` is answered, and return what each answered.
 
-        With an ``advertise`` that differs from the one before, answers to ``plan`` so far are worth nothing.
+        With an ``advertise`` or ``accept`` that differs from the one before, answers to ``plan`` so far are worth
+        nothing.
         """
         ...
 

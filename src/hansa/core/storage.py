@@ -200,6 +200,18 @@ def _is_free(path: Path) -> bool:
         os.close(descriptor)
 
 
+def flush(array: np.memmap[Any, Any]) -> None:
+    """Make what was written to a mapped file durable.
+
+    Raises:
+        StorageError: the disk is full or damaged.
+    """
+    try:
+        array.flush()
+    except OSError as error:
+        raise full(Path(str(array.filename)), error) from error
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Make the folder ``temporary`` appear as ``final``, whole, after its files are durable.
 

@@ -48,7 +48,7 @@ def course_form(job: Job, name: str, kind: str, site: str) -> CourseForm:
     Raises:
         PolicyError: the job asks for no such baseline, or not for that of this site.
     """
-    secure = None if job.secure_aggregation is None else job.secure_aggregation.model_dump(mode="json")
+    secure = None if job.secret_sums is None else job.secret_sums.model_dump(mode="json")
     if name == job.name:
         filters = [item.model_dump(mode="json") for item in job.filters]
         return CourseForm(name, job.strategy.model_dump(mode="json"), filters, form_of(terms_of_job(job)), secure)
@@ -121,7 +121,7 @@ class Baselines:
             progress.say(f"The baseline {name} could not be made: {error.message}")
 
     async def _judge(self, name: str, model: Model) -> Scores:
-        section = self.job.secure_aggregation
+        section = self.job.secret_sums
         cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), PLAIN, secure=section))
         masks = Masks(section, self.scratch) if section else None
         return await evaluate(cohort, model, job=name, round=0, seed=self.job.seed, masks=masks)

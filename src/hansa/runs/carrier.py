@@ -101,7 +101,7 @@ class _Carrier:
             strategy or job.strategy,
             tuple(job.filters),
             terms_of_job(job),
-            job.secure_aggregation,
+            job.secret_sums,
         )
         self._secret = directory / "work" / "protection.key"
         self._given_sinks = sinks
@@ -370,6 +370,11 @@ def _promises(job: Job) -> list[Piece]:
         promises.append(Piece("privacy", job.privacy.mechanism, hides))
     if job.secure_aggregation is not None:
         promises.append(Piece("secure_aggregation", "masks", frozenset({Trait.MASKED})))
+    if job.homomorphic_encryption is not None:
+        small = frozenset() if job.homomorphic_encryption.full_model else frozenset({Trait.ADAPTERS_ONLY})
+        promises.append(Piece("homomorphic_encryption", "ckks", frozenset({Trait.MASKED, Trait.ENCRYPTED}) | small))
+        if job.model.adapter is None:
+            promises.append(Piece("model", "all parameters", frozenset({Trait.WHOLE_MODEL})))
     names = [name for name in ("local", "central") if getattr(job.baselines, name)]
     return [*promises, *(Piece("baseline", name, frozenset({Trait.UNPROTECTED})) for name in names)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job's words on secure aggregation mean: the ring, what is summed in it, and a session's terms.
+"""What a job's words on secret sums mean: what is summed, in which ranges, and the terms of a session of masks.
 
 Server and sites work the terms out by themselves, from the job and the tensors' shapes; a site refuses a session whose
 terms are others, so the server can neither widen a range nor lower the number of sites.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hansa.core.config import SecureAggregationSection
+from hansa.core.config import SecretSums, SecureAggregationSection
 from hansa.core.values import WEIGHT_SCALE, Task
 from hansa.errors import PrivacyError
 from hansa.secagg.protocol import Terms
@@ -37,8 +37,9 @@ class Bounds:
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """part -> tensor -> shape."""
 
-STEP = 1e-9
-_FINE, _FINEST = 2.0**-20, 2.0**-36
+FINE = 2.0**-20
+"""The coarsest step of a number that is summed beside tensors, relative to its range."""
+_FINEST = 2.0**-36
 
 
 def terms(
@@ -66,31 +67,44 @@ def terms(
     Raises:
         PrivacyError: terms that protect nobody, or sums that could wrap.
     """
-    heaviest = bounds.heaviest if shapes else 1.0  # an evaluation weighs 1
-
-    def span(part: str, shape: tuple[int, ...]) -> Range:
-        most = bounds.largest * (heaviest if weighed.get(part) else 1.0)
-        return Range(-most, most, bounds.step, shape)
-
-    ranges = {part: {name: span(part, shape) for name, shape in tree.items()} for part, tree in shapes.items()}
-    fine = _FINE if shapes else _FINEST  # where tensors need the narrow ring, metrics make do with it
-    scalars = {name: Range(-most, most, most * fine) for name, most in section.metrics.items()}
-    weight = Range(0.0, heaviest, heaviest * _FINE)
+    fine = FINE if shapes else _FINEST  # where tensors need the narrow ring, metrics make do with it
     return Terms(
         job=job,
         round=number,
         attempt=attempt,
         sites=tuple(sorted(sites)),
-        encoding=encoding({**ranges, SCALARS: {**scalars, WEIGHT: weight}}, len(sites)),
+        encoding=encoding(ranges(section, bounds, shapes, weighed, fine), len(sites)),
         minimum=section.minimum,
         corrupt=section.corrupt,
         dropout=section.dropout,
     )
 
 
-def bounds_of(section: SecureAggregationSection) -> Bounds:
+def ranges(
+    section: SecretSums, bounds: Bounds, shapes: Shapes, weighed: Mapping[str, bool], fine: float
+) -> dict[str, dict[str, Range]]:
+    """Return what one site may put into each tensor and number of a sum.
+
+    Args:
+        section, bounds, shapes, weighed: as of :func:`terms`.
+        fine: the coarsest step of a metric, relative to its range.
+    """
+    heaviest = bounds.heaviest if shapes else 1.0  # an evaluation weighs 1
+
+    def span(part: str, shape: tuple[int, ...]) -> Range:
+        most = bounds.largest * (heaviest if weighed.get(part) else 1.0)
+        return Range(-most, most, bounds.step, shape)
+
+    scalars = {name: Range(-most, most, most * fine) for name, most in section.metrics.items()}
+    return {
+        **{part: {name: span(part, shape) for name, shape in tree.items()} for part, tree in shapes.items()},
+        SCALARS: {**scalars, WEIGHT: Range(0.0, heaviest, heaviest * FINE)},
+    }
+
+
+def bounds_of(section: SecretSums) -> Bounds:
     """Return what updates are bounded by where no privacy plan bounds them."""
-    return Bounds(section.range, section.weight_cap / WEIGHT_SCALE, section.step or STEP)
+    return Bounds(section.range, section.weight_cap / WEIGHT_SCALE, section.step or section.default_step)
 
 
 def number_of(round: int, task: Task) -> int:

@@ -7,6 +7,8 @@ Everything that is summed (tensors, weight, metric sums) is a :class:`Field` of 
 bounds for what one site may put in and an exponent of its own. e is the largest that lets ``sites`` values add up
 without wrapping: sites · (bound · 2^e + 1) < 2^(bits - 1). The narrower ring is taken if its step 2^-e is small enough.
 
+The same vector, held to sums of 40 bits, is what :mod:`hansa.homomorphic` encrypts.
+
 The sum's error is at most sites · 2^-e / 2 an element, sites · 2^-e with stochastic rounding (:meth:`Encoding.error`);
 multiplying by 2^e and adding in the ring are exact. It does not depend on the order of sites or the size of blocks.
 
@@ -30,7 +32,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
@@ -52,6 +54,7 @@ _WHOLE_BITS = 52  # integers up to 2^53 are exact in float64, in which values ar
 _COARSEST = 2.0**-16
 _LARGEST, _SMALLEST = 2.0**500, 2.0**-500
 
+Width = Literal[32, 40, 64]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 Sites = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Side = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
@@ -110,7 +113,7 @@ class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How values become elements of the ring; part of a session's terms, so all sites have the same.
 
     Attributes:
-        bits: 32 or 64.
+        bits: what a sum fits into: 32 or 64, those of a ring; 40, the integers that :mod:`hansa.homomorphic` adds.
         sites: how many values are added at most.
         stochastic: round up with the probability of the fraction, so that the mean is right, instead of to the nearest.
         fields: in canonical order.
@@ -119,7 +122,7 @@ class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         PrivacyError: these fields' sums could wrap, or their bounds bound nothing.
     """
 
-    bits: Literal[32, 64]
+    bits: Width
     sites: Sites
     stochastic: bool
     fields: tuple[Field, ...]
@@ -147,7 +150,12 @@ class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def dtype(self) -> np.dtype[Any]:
         """The ring: uint32 or uint64, whose arithmetic wraps."""
-        return np.dtype(f"uint{self.bits}")
+        return np.dtype(np.uint32 if self.bits == 32 else np.uint64)
+
+    @property
+    def signed(self) -> np.dtype[Any]:
+        """The same elements as the integers that they stand for."""
+        return np.dtype(np.int32 if self.bits == 32 else np.int64)
 
     def error(self, part: str, name: str, sites: int | None = None) -> float:
         """Return the largest error that an element of the sum over ``sites`` (all by default) can have."""
@@ -167,16 +175,23 @@ def _check_bounds(low: float, high: float, what: str) -> None:
         raise PrivacyError(f"{what}: the range from {low:g} to {high:g} is too small or too large for any ring.")
 
 
-def encoding(ranges: Mapping[str, Mapping[str, Range]], sites: int, *, stochastic: bool = False) -> Encoding:
+def encoding(
+    ranges: Mapping[str, Mapping[str, Range]],
+    sites: int,
+    *,
+    stochastic: bool = False,
+    widths: Sequence[Width] = (32, 64),
+) -> Encoding:
     """Choose the narrowest ring in which the sum can't wrap and every step is fine enough.
 
     Args:
         ranges: part -> name -> what a site may put in.
         sites: how many are added at most.
         stochastic: as of :class:`Encoding`.
+        widths: the bits to choose from, the narrowest first.
 
     Raises:
-        PrivacyError: not even 64 bits do, or a range bounds nothing.
+        PrivacyError: not even the widest does, or a range bounds nothing.
 
     >>> encoding({"delta": {"w": Range(-1, 1, shape=(3,))}}, sites=100).fields[0].exponent
     24
@@ -184,7 +199,7 @@ def encoding(ranges: Mapping[str, Mapping[str, Range]], sites: int, *, stochasti
     flat = {(part, name): ranges[part][name] for part in sorted(ranges) for name in sorted(ranges[part])}
     for (part, name), given in flat.items():
         _check_bounds(given.low, given.high, f"{name!r} of {part!r}")
-    for bits in (32, 64):
+    for bits in widths:
         exponents = {key: _exponent(given.bound, _limit(bits, sites)) for key, given in flat.items()}
         coarse = [key for key, given in flat.items() if not _is_fine(given, exponents[key])]
         if not coarse:
@@ -192,7 +207,7 @@ def encoding(ranges: Mapping[str, Mapping[str, Range]], sites: int, *, stochasti
                 Field(*key, given.shape, float(given.low), float(given.high), exponents[key])
                 for key, given in flat.items()
             )
-            return Encoding(32 if bits == 32 else 64, sites, stochastic, fields)
+            return Encoding(bits, sites, stochastic, fields)
     part, name = coarse[0]
     given = flat[part, name]
     raise PrivacyError(
@@ -228,13 +243,13 @@ class Vector:
         encoding: what it is made by.
         parts: the values; leaves may be lazy.
         site, round: for messages.
-        randomness: what stochastic rounding draws from: the same at every reading.
+        randomness: what stochastic rounding, and nothing else, draws from: the same at every reading.
 
     Raises:
         WireError: the parts are not those that the encoding names.
     """
 
-    def __init__(self, encoding: Encoding, parts: Parts, site: str, round: int, randomness: Keystream) -> None:
+    def __init__(self, encoding: Encoding, parts: Parts, site: str, round: int, randomness: Keystream | None) -> None:
         self.encoding = encoding
         self._site, self._round = site, round
         self._randomness = randomness
@@ -275,7 +290,7 @@ class Vector:
             self._check(self.encoding.fields[place], values)
             np.multiply(values, math.ldexp(1.0, self.encoding.fields[place].exponent), out=values)
             self._round_off(start + done, values)
-            np.copyto(out[done : done + count].view(f"int{self.encoding.bits}"), values, casting="unsafe")
+            np.copyto(out[done : done + count].view(self.encoding.signed), values, casting="unsafe")
             done += count
 
     def _check(self, field: Field, values: Array) -> None:
@@ -298,6 +313,7 @@ class Vector:
             np.rint(values, out=values)
             return
         below, draws = self._spare[: values.size], self._draws[: values.size]
+        assert self._randomness is not None, "stochastic rounding draws"
         self._randomness.read(4 * start)(draws.view(np.uint8).data)
         np.floor(values, out=below)
         np.subtract(values, below, out=values)  # exact: the fraction
@@ -320,7 +336,7 @@ def decoded(encoding: Encoding, total: Array, sites: int) -> dict[str, Tree]:
     parts: dict[str, dict[str, Any]] = {}
     start = 0
     for field in encoding.fields:
-        signed = total[start : start + field.size].view(f"int{encoding.bits}")
+        signed = total[start : start + field.size].view(encoding.signed)
         parts.setdefault(field.part, {})[field.name] = _decoded(field, signed, sites)
         start += field.size
     return {part: trees.Lazy(tree) for part, tree in parts.items()}

@@ -25,7 +25,7 @@ import msgspec
 
 from hansa import registry
 from hansa.core import wire
-from hansa.core.config import Algorithm, Choice, Job, SecureAggregationSection, parse
+from hansa.core.config import Algorithm, Choice, Job, parse, secret_sums
 from hansa.core.ports import Program
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan
@@ -136,7 +136,7 @@ class _Worker:
             Algorithm.model_validate(form.strategy),
             tuple(Choice.model_validate(item) for item in form.filters),
             terms_from(form.terms),
-            None if form.secure is None else SecureAggregationSection.model_validate(form.secure),
+            secret_sums(form.secure),
         )
         reply = self._runner.run(course, self._read(request.plan), request.site)
         if isinstance(reply, Absence):

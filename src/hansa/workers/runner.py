@@ -14,7 +14,14 @@ from typing import Any
 
 from hansa import registry
 from hansa.client.work import perform
-from hansa.core.config import Algorithm, Choice, EngineSection, PrivacySection, SecureAggregationSection
+from hansa.core.config import (
+    Algorithm,
+    Choice,
+    EngineSection,
+    HomomorphicEncryptionSection,
+    PrivacySection,
+    SecureAggregationSection,
+)
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
 from hansa.core.ports import SERVER, Phase, Program, topic
@@ -40,7 +47,7 @@ class Course:
         strategy: its name and options, or the value itself (engines in this process only).
         filters: the same, in order; the weighing that every course has is added.
         terms: the privacy plan that it is under, if any.
-        secure: the words on secure aggregation, where updates leave masked.
+        secure: the words on secret sums, where updates leave masked or encrypted.
     """
 
     name: str
@@ -48,7 +55,7 @@ class Course:
     strategy: Choice | Strategy
     filters: tuple[Choice | Filter, ...] = ()
     terms: Terms | None = None
-    secure: SecureAggregationSection | None = None
+    secure: SecureAggregationSection | HomomorphicEncryptionSection | None = None
 
     def pieces(self, secret: Secret | None = None) -> tuple[Strategy, list[Filter]]:
         """Return the strategy and the filters as values.
@@ -89,7 +96,7 @@ SECURE = "secagg"
 
 
 class SecureSites:
-    """The sites' sides of secure aggregation, as far as they are played here.
+    """The sites' sides of secret sums, as far as they are played here.
 
     What it does needs the extra that has ``cryptography``, and is loaded when it is first used.
 
@@ -104,9 +111,9 @@ class SecureSites:
 
     def exchange(self, course: Course, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Answer messages, site by site; what goes wrong at one is its absence."""
-        assert course.secure is not None, "the course has its updates masked"
+        assert course.secure is not None, "the course keeps its updates from the server"
         strategy, _ = course.pieces()
-        sessions = self._sessions()
+        sessions = self._sessions(course)
         answers: dict[str, bytes | Absence] = {}
         for site, letter in letters.items():
             try:
@@ -118,13 +125,13 @@ class SecureSites:
         return answers
 
     def masked(self, course: Course, update: Update, task: Task) -> Update:
-        """Return ``update`` as one masked vector.
+        """Return ``update`` masked or encrypted.
 
         Raises:
             HansaError: it can't be masked; nothing of it is to be sent.
         """
-        assert course.secure is not None, "the course has its updates masked"
-        masked: Update = self._sessions().masked(course.name, update, task, course.secure, course.terms)
+        assert course.secure is not None, "the course keeps its updates from the server"
+        masked: Update = self._sessions(course).masked(course.name, update, task, course.secure, course.terms)
         return masked
 
     @property
@@ -137,8 +144,10 @@ class SecureSites:
             return registry.load_object("hansa.workers.secure:Simulated")(self._directory, site)
         return registry.load_object("hansa.workers.secure:Stored")()
 
-    def _sessions(self) -> Any:
-        return registry.load_object("hansa.workers.secure:Sessions")(self._directory, self._identity)
+    def _sessions(self, course: Course) -> Any:
+        encrypted = isinstance(course.secure, HomomorphicEncryptionSection)
+        module = "homomorphic" if encrypted else "secure"
+        return registry.load_object(f"hansa.workers.{module}:Sessions")(self._directory, self._identity)
 
 
 @dataclass(frozen=True)

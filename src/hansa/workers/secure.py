@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hansa.core import storage
 from hansa.core import tree as trees
-from hansa.core.config import SecureAggregationSection
+from hansa.core.config import SecretSums, SecureAggregationSection
 from hansa.core.ports import Phase
 from hansa.core.values import Task, Update
 from hansa.errors import AccessError, HansaError, PrivacyError
@@ -119,21 +119,13 @@ class Sessions:
                 site=update.site,
                 round=update.round,
             )
-        metrics = section.metrics
-        missing = sorted(metrics.keys() - update.sums.keys())
-        if missing and update.sums:  # a private job's training has none: zeros stand for them
-            raise PrivacyError(
-                f"secure_aggregation.metrics names {missing[0]!r}, and to {task} gives only: "
-                f"{', '.join(sorted(update.sums)) or 'nothing'}.",
-                site=update.site,
-                round=update.round,
-            )
+        metrics = metrics_of(update, task, section)
         parts = update.parts
         if private is not None and private.section.mechanism == "distributed" and task == "train":
             honest = honest_of(section, len(terms.sites))
             secret = Secret.kept(self._directory / course / f"{update.site}.noise")
             parts = share_of_noise(parts, private, honest, secret, terms.digest().hex())
-        summed = summands(parts, update.weight, {name: update.sums.get(name, 0.0) for name in metrics})
+        summed = summands(parts, update.weight, metrics)
         vector = self._open(course, update.site).masked(summed)
         return replace(update, parts={MASKED: {VECTOR: trees.tensor(vector)}}, weight=1.0, sums={}, logged={})
 
@@ -163,6 +155,23 @@ class Sessions:
         """Return the terms of a site's last session, or None if it had none."""
         held = _read(self._directory / course / f"{site}.state")
         return None if held is None else protocol.unpack(held.terms, protocol.Terms)
+
+
+def metrics_of(update: Update, task: Task, section: SecretSums) -> dict[str, float]:
+    """Return the sums of metrics that a job has added up in secret.
+
+    Raises:
+        PrivacyError: the job names one that the update does not have.
+    """
+    missing = sorted(section.metrics.keys() - update.sums.keys())
+    if missing and update.sums:  # a private job's training has none: zeros stand for them
+        raise PrivacyError(
+            f"The job's sums are to have the metric {missing[0]!r}, and to {task} gives only: "
+            f"{', '.join(sorted(update.sums)) or 'nothing'}.",
+            site=update.site,
+            round=update.round,
+        )
+    return {name: update.sums.get(name, 0.0) for name in section.metrics}
 
 
 def _read(path: Path) -> Kept | None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hansa.core.config import SecureAggregationSection
+from hansa.core.config import HomomorphicEncryptionSection, SecureAggregationSection
 from hansa.core.ports import Cohort
 from hansa.core.values import TRAINING as TRAINING
 from hansa.core.values import Absence, Model, Plan
 from hansa.errors import QuorumError
-from hansa.workflows import secure
+from hansa.workflows import sums as secret
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Masks:
-    """The job's words on secure aggregation, and a folder that outlives a crash."""
+    """The job's words on secret sums, and a folder that outlives a crash."""
 
-    section: SecureAggregationSection
+    section: SecureAggregationSection | HomomorphicEncryptionSection
     scratch: Path
 
 
@@ -54,7 +54,7 @@ async def evaluate(
         if not masks.section.metrics:
             return Scores({}, {})
         asked = sites or cohort.sites
-        found = await secure.gather(masks.section, None, cohort, plan, asked, {}, {}, masks.scratch)
+        found = await secret.gather(masks.section, None, cohort, plan, asked, {}, {}, masks.scratch)
         return Scores(await cohort.summarise(found.metrics), {}, tuple(found.absent))
     sums: dict[str, Mapping[str, float]] = {}
     absent = []

@@ -24,7 +24,7 @@ from hansa.core.values import Absence, Aggregate, Logged, Plan, RoundRecord, Sna
 from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError, WireError
 from hansa.privacy.plan import terms_of_job
-from hansa.workflows import secure
+from hansa.workflows import sums
 from hansa.workflows.evaluate import TRAINING, Masks, Scores, evaluate
 
 P = ParamSpec("P")
@@ -74,10 +74,10 @@ async def scatter_gather(
         else:
             asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
         plan = _plan(job, strategy, now, number, asked)
-        if job.secure_aggregation is None:
+        if job.secret_sums is None:
             gathered = await _gather(job, strategy, cohort, plan, asked, strategy.bound(now.state), scratch)
         else:
-            gathered = await _gather_masked(job, strategy, cohort, plan, asked, scratch)
+            gathered = await _gather_secretly(job, strategy, cohort, plan, asked, scratch)
         _require(job, strategy, gathered, () if gathered.too_few else asked, number)
         settled, notes = await _aside(
             plan.params, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch
@@ -91,7 +91,7 @@ async def scatter_gather(
         last = number == job.rounds
         scores = None
         if last or (job.evaluation.every and number % job.evaluation.every == 0):
-            masks = Masks(job.secure_aggregation, scratch) if job.secure_aggregation and scratch else None
+            masks = Masks(job.secret_sums, scratch) if job.secret_sums and scratch else None
             scores = await evaluate(
                 cohort, now.model, job=job.name, round=number, seed=job.seed, sites=judges, masks=masks
             )
@@ -189,21 +189,21 @@ async def _gather(
     return gathered
 
 
-async def _gather_masked(
+async def _gather_secretly(
     job: Job, strategy: Strategy, cohort: Cohort, plan: Plan, asked: Sequence[str], scratch: Path | None
 ) -> _Gathered:
     """Gather sums only; a secret cohort of too few sites to sum is taken for nobody, which tells nothing of any."""
-    assert job.secure_aggregation is not None, "the job has its updates masked"
-    assert scratch is not None, "a masked sum lies on the disk"
+    assert job.secret_sums is not None, "the job keeps its updates from the server"
+    assert scratch is not None, "a secret sum lies on the disk"
     gathered = _Gathered(None, Aggregate({}, strategy.weighed, 0.0, 0.0, len(cohort.sites)))
-    if strategy.select is not None and len(asked) < job.secure_aggregation.minimum:
-        why = f"{len(asked)} were drawn, and fewer than {job.secure_aggregation.minimum} are never summed"
+    if strategy.select is not None and len(asked) < job.secret_sums.minimum:
+        why = f"{len(asked)} were drawn, and fewer than {job.secret_sums.minimum} are never summed"
         gathered.absent = [Absence(site, "refused", why) for site in asked]
         gathered.too_few = True
         return gathered
     expected = _expected(strategy, plan)
-    found = await secure.gather(
-        job.secure_aggregation, terms_of_job(job), cohort, plan, asked, expected, strategy.weighed, scratch
+    found = await sums.gather(
+        job.secret_sums, terms_of_job(job), cohort, plan, asked, expected, strategy.weighed, scratch
     )
     gathered.accepted, gathered.absent = list(found.sites), found.absent
     gathered.acknowledge = dict.fromkeys(found.sites, plan.round)

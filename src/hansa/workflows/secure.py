@@ -31,12 +31,12 @@ import numpy as np
 from hansa import registry
 from hansa.core import storage
 from hansa.core import tree as trees
-from hansa.core.config import SecureAggregationSection
+from hansa.core.config import SecretSums, SecureAggregationSection
 from hansa.core.lazy import BLOCK
 from hansa.core.ports import Cohort, Handle, Phase
 from hansa.core.tree import Array, Layout, Spec, Tree
 from hansa.core.values import Absence, Plan
-from hansa.errors import FitError, HansaError, QuorumError, StorageError, WireError
+from hansa.errors import FitError, HansaError, StorageError, WireError
 from hansa.privacy.plan import SLACK, Terms
 from hansa.privacy.protect import deviation_of_share, grid_of
 
@@ -50,19 +50,19 @@ class Sum:
 
     Attributes:
         sites: whose answers are in it.
-        absent: those that are not, and why.
         parts: the summed parts, in float32 or wider.
         weight: the sum of weights.
         metrics: the sums of the metrics that the job names.
+        absent: the sites whose answers are not in it, and why.
         seconds: site -> how long it worked.
-        num_bytes: of the masked vectors.
+        num_bytes: of what the sites sent.
     """
 
     sites: tuple[str, ...]
-    absent: list[Absence]
     parts: dict[str, Tree]
     weight: float
     metrics: dict[str, float]
+    absent: list[Absence] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     num_bytes: int = 0
 
@@ -74,45 +74,11 @@ class _Kept(msgspec.Struct, frozen=True):
     state: bytes | None
 
 
-async def gather(
-    section: SecureAggregationSection,
-    private: Terms | None,
-    cohort: Cohort,
-    plan: Plan,
-    asked: Sequence[str],
-    expected: Mapping[str, Layout],
-    weighed: Mapping[str, bool],
-    scratch: Path,
-) -> Sum:
-    """Ask sites for a plan and return the sum of their answers.
+def bounds_of(section: SecretSums, private: Terms | None, num_sites: int) -> Any:
+    """Return what one site may put into a sum (:class:`hansa.secagg.agreement.Bounds`).
 
     Args:
-        section: the job's words on secure aggregation.
-        private: the terms of its privacy plan.
-        cohort: the sites.
-        plan: what they are asked.
-        asked: who is.
-        expected: part -> layout of what is summed beside weight and metrics.
-        weighed: which parts are multiplied by the weight.
-        scratch: a folder that outlives a crash.
-
-    Raises:
-        QuorumError: too few answered in some phase; it names each and its reason.
-        PrivacyError: terms that protect nobody, or a ring that does not hold the sum.
-    """
-    session = _Session(section, private, cohort, plan, asked, expected, weighed, scratch)
-    try:
-        return await session.carry_out()
-    except QuorumError as error:
-        reasons = "\n".join(f"  {a.site}: {a.kind}: {a.reason}" for a in session.absent)
-        raise QuorumError(f"{error.message}\n{reasons}".rstrip(), job=plan.job, round=plan.round) from error
-
-
-def bounds_of(section: SecureAggregationSection, private: Terms | None, num_sites: int) -> Any:
-    """Return what one site may put into the ring (:class:`hansa.secagg.agreement.Bounds`).
-
-    Args:
-        section: the job's words on secure aggregation.
+        section: the job's words on secret sums.
         private: the terms of its privacy plan, whose clip bounds updates, and whose noise is in them.
         num_sites: how many sites are asked.
     """
@@ -125,6 +91,7 @@ def bounds_of(section: SecureAggregationSection, private: Terms | None, num_site
     if private.section.mechanism != "distributed":
         return bounds(clip * SLACK, 1.0, section.step or clip / (1 << 20))
     grid = grid_of(clip)
+    assert isinstance(section, SecureAggregationSection), "shares of noise are for masks"
     noise = deviation_of_share(private, honest_of(section, num_sites), grid)
     return bounds(clip * SLACK + (12 * noise + 16) * grid, 1.0, grid)
 
@@ -137,7 +104,16 @@ def honest_of(section: SecureAggregationSection, num_sites: int) -> int:
     return int(shape.quorum - math.floor(section.corrupt * num_sites))
 
 
-class _Session:
+class Session:
+    """One sum; arguments are those of :func:`hansa.workflows.sums.gather`.
+
+    Attributes:
+        absent: who is not in it, and why.
+
+    Raises:
+        PrivacyError: terms that protect nobody, or a ring that does not hold the sum.
+    """
+
     def __init__(
         self,
         section: SecureAggregationSection,
@@ -191,6 +167,11 @@ class _Session:
         return made(self.terms, self._line.checker, store, state)
 
     async def carry_out(self) -> Sum:
+        """Return the sum.
+
+        Raises:
+            QuorumError: too few answered in some phase.
+        """
         machine = self._machine
         seconds: dict[str, float] = {}
         num_bytes = 0
@@ -202,7 +183,7 @@ class _Session:
             dealers = machine.close_shares()
             await self._round("receive", {site: machine.inbox(site) for site in dealers}, None)
             ready = [site for site in dealers if site not in self._gone]
-            total = _mapped(self._sum_path, self.terms.encoding)
+            total = mapped(self._sum_path, self.terms.encoding.dtype, self.terms.encoding.size)
             async for reply in self._cohort.ask(self._plan, ready):
                 if isinstance(reply, Absence):
                     self._leave(reply)
@@ -225,7 +206,8 @@ class _Session:
             votes = machine.close_votes()
             await self._round("reveal", dict.fromkeys(survivors, votes), machine.add_reveal)
         unmasked = self._unmasked(machine.close_reveals())
-        found = self._sum(unmasked, survivors, seconds, num_bytes)
+        found = sum_of(self.terms.encoding, unmasked, self._expected, survivors)
+        found.absent, found.seconds, found.num_bytes = self.absent, seconds, num_bytes
         await self._line.exchange(self._plan, "finish", dict.fromkeys(survivors, self._letter))
         return found
 
@@ -265,26 +247,38 @@ class _Session:
         """Return the sum without its masks, beside the masked one, which a restart needs again."""
         ring = self.terms.encoding
         masked = np.memmap(self._sum_path, ring.dtype, "r", shape=(ring.size,))
-        plain = _mapped(self._sum_path.with_suffix(".plain"), ring)
+        plain = mapped(self._sum_path.with_suffix(".plain"), ring.dtype, ring.size)
         for start in range(0, ring.size, BLOCK):
             block = np.array(masked[start : start + BLOCK])
             masks.apply(start, block)
             plain[start : start + BLOCK] = block
         return plain
 
-    def _sum(self, total: Array, survivors: Sequence[str], seconds: dict[str, float], num_bytes: int) -> Sum:
-        decoded = registry.load_object("hansa.secagg.ring:decoded")(self.terms.encoding, total, len(survivors))
-        beside = decoded[registry.load_object("hansa.secagg.ring:SCALARS")]
-        scalars = {name: float(np.asarray(leaf)) for name, leaf in trees.leaves(beside).items()}
-        parts: dict[str, Tree] = {}
-        for part, layout in self._expected.items():
-            leaves = trees.leaves(decoded[part])
-            kinds = {name: trees.wide(trees.dtype_of(spec.dtype)) for name, spec in layout.items()}
-            sums = {name: leaves[name].astype(kinds[name]) for name in layout}
-            large = sum(leaf.nbytes for leaf in sums.values()) > trees.LARGE
-            parts[part] = trees.Lazy(sums) if large else {name: np.asarray(leaf) for name, leaf in sums.items()}
-        weight = scalars.pop(registry.load_object("hansa.secagg.ring:WEIGHT"))
-        return Sum(tuple(survivors), self.absent, parts, weight, scalars, seconds, num_bytes)
+
+def sum_of(encoding: Any, total: Array, expected: Mapping[str, Layout], sites: Sequence[str]) -> Sum:
+    """Return what a vector of integers says that updates add up to.
+
+    Args:
+        encoding: what the summands were made by (:class:`hansa.secagg.ring.Encoding`).
+        total: their sum, readable; large leaves read it when they are read.
+        expected: part -> layout of what was summed beside the numbers.
+        sites: whose they are.
+
+    Raises:
+        WireError: so many sites can't have put that in.
+    """
+    decoded = registry.load_object("hansa.secagg.ring:decoded")(encoding, total, len(sites))
+    beside = decoded[registry.load_object("hansa.secagg.ring:SCALARS")]
+    scalars = {name: float(np.asarray(leaf)) for name, leaf in trees.leaves(beside).items()}
+    parts: dict[str, Tree] = {}
+    for part, layout in expected.items():
+        leaves = trees.leaves(decoded[part])
+        kinds = {name: trees.wide(trees.dtype_of(spec.dtype)) for name, spec in layout.items()}
+        sums = {name: leaves[name].astype(kinds[name]) for name in layout}
+        large = sum(leaf.nbytes for leaf in sums.values()) > trees.LARGE
+        parts[part] = trees.Lazy(sums) if large else {name: np.asarray(leaf) for name, leaf in sums.items()}
+    weight = scalars.pop(registry.load_object("hansa.secagg.ring:WEIGHT"))
+    return Sum(tuple(sites), parts, weight, scalars)
 
 
 def _read(path: Path) -> _Kept | None:
@@ -296,13 +290,13 @@ def _read(path: Path) -> _Kept | None:
         raise StorageError(f"The state of secure aggregation in {path} can't be read: {error}.") from error
 
 
-def _mapped(path: Path, ring: Any) -> np.memmap[Any, Any]:
-    """Return zeros of the ring in a new file, whose blocks are claimed: a disk found full later ends the process."""
+def mapped(path: Path, dtype: np.dtype[Any], size: int) -> np.memmap[Any, Any]:
+    """Return ``size`` zeros in a new file, whose blocks are claimed: a disk found full later ends the process."""
     try:
         path.unlink(missing_ok=True)  # what is mapped from an older one stays
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, ring.size * ring.dtype.itemsize)
-        return np.memmap(path, ring.dtype, "r+", shape=(ring.size,))
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return np.memmap(path, dtype, "r+", shape=(size,))
     except OSError as error:
         path.unlink(missing_ok=True)
         raise storage.full(path, error) from error
