@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A site's side of homomorphic encryption: the messages of a session, and updates that leave encrypted.
 
-A site keeps, for each course, the key that it was invited to encrypt with, and where it is the key site also the secret key
-and what was opened of the sum. Any process of a site may go on where another stopped: a deployed site's agent answers
-the messages, and its worker, which knows no identity, encrypts the update.
+A site keeps, for each course, the key that it was invited to encrypt with, and where it is the key site also the secret
+key and what was opened of the sum. Any process of a site may go on where another stopped: a deployed site's agent
+answers the messages, and its worker, which knows no identity, encrypts the update.
 
 | case | result |
 |---|---|

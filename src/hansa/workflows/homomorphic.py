@@ -10,7 +10,7 @@ element after the other, so memory does not depend on the model's size; this sid
 |---|---|
 | a site that is silent or refused before its ciphertexts are whole | left out of the sum |
 | ciphertexts that are malformed, or not of the number agreed | their site is rejected, nothing of them is added |
-| the key site is silent or refuses, before or after the others have trained | QuorumError that names it; nothing is shown |
+| the key site is silent or refuses, whenever it is asked | QuorumError that names it; nothing is shown |
 | fewer sites than the job's minimum | QuorumError; nothing is opened |
 | killed before it is fixed who is in the sum | the same session, the same key; answers that are there count |
 | killed later | the same sum is opened again from the disk; nobody trains again |
