@@ -10,9 +10,9 @@ SEAL's own order (two polynomials in NTT form), as what stands before it is the 
 elsewhere reaches a parser, and whoever only adds needs NumPy.
 
 **CKKS is used as an exact scheme.** What is encrypted is an integer times 2^20, and the error of a sum over n sites is
-normal with deviation sqrt(n) · (8192 / 6) / 2^20 in each slot: encryption leaves errors of variance about 8192 / 18 in a
-coefficient, and a slot's real part is a sum of 4096 of them. For 256 sites that is 0.0209, and a quarter is 12 deviations
-(2^-108 a slot). So the nearest integer is the sum, and the error, which would tell of the secret key (Li and
+normal with deviation sqrt(n) · (8192 / 6) / 2^20 in each slot: encryption leaves errors of variance about 8192 / 18
+in a coefficient, and a slot's real part is a sum of 4096 of them. For 256 sites that is 0.0209, and a quarter is 12
+deviations (2^-108 a slot). So the nearest integer is the sum, and the error, which would tell of the secret key (Li and
 Micciancio 2021, eprint 2020/1533), leaves the key's owner neither as digits nor by what rounds up or down.
 
 | case | result |
