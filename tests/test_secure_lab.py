@@ -14,7 +14,7 @@ import pytest
 
 import toys
 from federations import Loopback, loopback
-from hansa.core.ports import Phase
+from hansa.core.ports import MaskPhase
 from hansa.core.storage import load_tree
 from hansa.errors import AccessError
 from hansa.lab import lab
@@ -29,7 +29,7 @@ from hansa.workflows.secure import bounds_of
 
 SITES = ("s00", "s01", "s02", "s03")
 METRICS = {"loss_sum": 1e6, "examples": 1e6}
-PHASES = get_args(Phase)
+PHASES = get_args(MaskPhase)
 
 pytestmark = pytest.mark.timeout(120)
 

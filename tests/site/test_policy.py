@@ -13,6 +13,7 @@ import pytest
 
 from hansa.bundle import Bundle
 from hansa.core import config, wire
+from hansa.core.tree import Spec
 from hansa.core.values import Plan, Update
 from hansa.errors import PolicyError
 from hansa.pki.identity import Identity
@@ -312,12 +313,16 @@ def test_behind_a_robust_rule_no_part_counts_as_weighed(tmp_path):
 
 
 MASKS = {"secure_aggregation": {"minimum": 4}}
+KEYS = {"homomorphic_encryption": {"minimum": 4, "key_site": "a"}}
 
 
 @pytest.mark.parametrize(
     ("rules", "values", "reason"),
     [
         ({"privacy": {"summed_with": 3}}, {}, r"no \[secure_aggregation\]"),
+        ({"privacy": {"summed_with": 5}}, KEYS, r"homomorphic_encryption.minimum = 4; this site's"),
+        ({"privacy": {"key_sites": ["b"]}}, KEYS, "key_site = a; this site trusts with the key: b"),
+        ({"privacy": {"key_sites": []}}, {"homomorphic_encryption": {}}, "none named; this site .*: nobody"),
         ({"privacy": {"summed_with": 5}}, MASKS, "minimum = 4; .* at least 5"),
         ({"privacy": {"summed_with": 4}}, MASKS, None),
         ({"policy": {"require_filters": {"clip": {"max_norm": 1.0}}}}, MASKS, None),
@@ -346,7 +351,7 @@ def test_a_budget_held_against_examples_needs_to_see_their_number(ana):
     private = {"mechanism": "dp-sgd", "clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
     values = {"data": {"train": "site:notes"}, "privacy": private, "baselines": {"local": False}}
     policy.decide(bundle(ana, **values), "s0", settings(**rules))
-    with pytest.raises(PolicyError, match="under masks their number does not show"):
+    with pytest.raises(PolicyError, match="in a secret sum their number does not show"):
         policy.decide(bundle(ana, **values, **MASKS), "s0", settings(**rules))
 
 
@@ -407,10 +412,11 @@ def test_only_one_masked_vector_leaves(tmp_path, changes):
     }
     wire.spool(Update(**{**values, **changes}), tmp_path / "update")
     plan = Plan("toy", 1, "train", 0, {"w": np.zeros(4, np.float32)})
+    layout = {"masked": {"vector": Spec(vector.dtype.name, vector.shape)}}
     if not changes:
-        policy.check_masked(tmp_path / "update", plan, "s0", terms)
+        policy.check_hidden(tmp_path / "update", plan, "s0", layout)
         return
-    with pytest.raises(PolicyError, match="something else than a masked update"):
-        policy.check_masked(tmp_path / "update", plan, "s0", terms)
+    with pytest.raises(PolicyError, match="something else than a masked or encrypted update"):
+        policy.check_hidden(tmp_path / "update", plan, "s0", layout)
     with pytest.raises(PolicyError, match="something else"):
-        policy.check_masked(tmp_path / "update", plan, "s0", None)
+        policy.check_hidden(tmp_path / "update", plan, "s0", None)

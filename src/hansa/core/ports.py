@@ -39,8 +39,14 @@ class Handle(Protocol):
 Reply = Handle | Absence
 
 
-Phase = Literal["advertise", "share", "receive", "vote", "reveal", "offer", "accept", "open", "finish"]
-"""What a message of secure aggregation, or of homomorphic encryption, asks of a site."""
+MaskPhase = Literal["advertise", "share", "receive", "vote", "reveal", "finish"]
+"""What a message of secure aggregation asks of a site."""
+
+KeyPhase = Literal["offer", "accept", "open", "finish"]
+"""What a message of homomorphic encryption asks of a site."""
+
+Phase = Literal[MaskPhase, KeyPhase]
+"""Any of them."""
 
 
 class SecureLine(Protocol):

@@ -387,7 +387,7 @@ class RemoteCohort:
 
 
 class RemoteLine:
-    """The way of secure aggregation's messages: each is a task of the site's, and its answer the task's."""
+    """The way of messages of secret sums: each is a task of the site's, and its answer the task's."""
 
     def __init__(self, engine: Remote) -> None:
         self._engine = engine
@@ -406,7 +406,7 @@ class RemoteLine:
         """Have the sites' agents answer; asked again with the same, they have answered already."""
         engine = self._engine
         digests = await asyncio.to_thread(engine.publish_letters, letters)
-        renewing = plan.task if phase == "advertise" else None
+        renewing = plan.task if phase in ("advertise", "accept") else None
         found: dict[str, bytes | Absence] = {}
         answers = engine.answers(plan.job, plan.round, phase, digests, sorted(letters), None, renewing)
         async with contextlib.aclosing(answers):

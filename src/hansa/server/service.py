@@ -450,12 +450,14 @@ class Service:
             num_bytes, manifest_bytes = (item.stat().st_size for item in (plan, plan.with_suffix(".manifest")))
         except OSError as error:
             raise StorageError(f"Can't read the plan {plan.name}: {error.strerror}.", job=row.job) from error
-        most = implied_bytes(num_bytes)
-        if self._jobs.job_of(row.job).secure_aggregation is None:  # masked, it is wider than the model that it is of
+        job = self._jobs.job_of(row.job)
+        most = implied_bytes(num_bytes, encrypted=job.homomorphic_encryption is not None)
+        if job.secret_sums is None:  # else it is wider than the model that it is of
             most = min(self._settings.max_model_bytes or most, most)
         check = partial(self._check_update, row, path, num_bytes, most)
         spares = storage.Spares(self._jobs.folder(row.job) / "work" / storage.SPARES)
-        return Destination(path, most, implied_bytes(manifest_bytes), check=check, spares=spares)
+        manifest = implied_bytes(manifest_bytes, encrypted=job.homomorphic_encryption is not None)
+        return Destination(path, most, manifest, check=check, spares=spares)
 
     def _check_bundle(self, caller: Identity, path: Path, manifest: Manifest) -> None:
         """Refuse a bundle that is mostly repetition, or more than its submitter may have at the server.
@@ -752,13 +754,14 @@ def members(kit: Kit) -> list[str]:
     return sorted(name.removeprefix(prefix) for name in kit.roster().members if name.startswith(prefix))
 
 
-def implied_bytes(num_bytes: int) -> int:
+def implied_bytes(num_bytes: int, *, encrypted: bool = False) -> int:
     """Return how large an update, or its manifest, may be at most where its plan, or that one's manifest, is so large.
 
     Sites hold their updates to the plan tensor by tensor; this is what bounds a site that does not: two parts, such as
-    SCAFFOLD's, of tensors that are sent at twice the plan's precision, and a header.
+    SCAFFOLD's, of tensors that are sent at twice the plan's precision, and a header. Encrypted, both take 32 bytes for
+    each element of at least two.
     """
-    return 4 * num_bytes + (1 << 20)
+    return (32 if encrypted else 4) * num_bytes + (1 << 20)
 
 
 def _write(path: Path, data: bytes) -> None:

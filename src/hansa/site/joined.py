@@ -39,10 +39,12 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from hansa import bundle as bundles
 from hansa.core import storage, wire
 from hansa.core.config import Algorithm, Job
+from hansa.core.ports import KeyPhase, MaskPhase
 from hansa.core.values import Plan, Task, Update
 from hansa.errors import (
     ChecksumError,
@@ -52,6 +54,7 @@ from hansa.errors import (
     StorageError,
     WireError,
 )
+from hansa.homomorphic import protocol
 from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
@@ -65,10 +68,9 @@ from hansa.site.warm import WarmWorker, whole
 from hansa.transport.client import Connection
 from hansa.transport.messages import PHASES, Assignment, Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
-from hansa.workers import messages
+from hansa.workers import homomorphic, messages, secure
 from hansa.workers.messages import Absent, Answered, DefectError, Inspect, Perform, Work
 from hansa.workers.runner import Course, terms_from, trace_name, trace_note
-from hansa.workers.secure import Sessions
 
 IDLE_S = 900.0
 """How long a worker is kept warm for the next task."""
@@ -81,6 +83,9 @@ MOST_BYTES = 1 << 40
 _SPARE_BYTES = 16 << 20
 _MASKED = 4
 """How many times its plan a masked update is at most: 64 bits for each half-precision element."""
+
+_ENCRYPTED = 2 * 16
+"""The same for an encrypted one: 32 bytes for each, first in a file of the worker's own."""
 
 _LOG = logging.getLogger("hansa.site")
 
@@ -235,28 +240,37 @@ class JoinedJob:
         assert self._history is not None, "the job was joined"
         return self._history.secagg
 
-    def _sessions(self) -> Sessions:
-        """Return this site's side of secure aggregation: its own identity, whatever the job or the server say."""
+    def _sessions(self, job: Job) -> secure.Sessions | homomorphic.Sessions:
+        """Return this site's side of a job's secret sums: its own identity, whatever the job or the server say."""
         assert self._history is not None, "the job was joined"
         identity = Identities(self._kit)
-        return Sessions(self._history.secagg, lambda _: identity, f"{self._history.digest}/")
+        scope = f"{self._history.digest}/"
+        if job.homomorphic_encryption is not None:
+            return homomorphic.Sessions(self._history.secagg, lambda _: identity, scope)
+        return secure.Sessions(self._history.secagg, lambda _: identity, scope)
 
     async def _exchange(self, connection: Connection, job: Job, given: Assignment) -> Outcome:
-        """Answer a message of secure aggregation, as the agent, for the worker has no identity."""
-        if job.secure_aggregation is None:
-            raise PolicyError("The server begins secure aggregation, and the signed job has none.")
+        """Answer a message of a secret sum, as the agent, for the worker has no identity."""
+        section = job.secret_sums
+        phases = MaskPhase if job.homomorphic_encryption is None else KeyPhase
+        if section is None or given.kind not in get_args(phases):
+            raise PolicyError("The server begins a secret sum of a kind that the signed job does not have.")
         path = await self._received(connection, given)
         letter = await whole(path.read_bytes)
         task: Task = "evaluate"
         if given.kind == "advertise":
             task = policy.check_session(unpack(letter, Terms), job, given)
+        elif given.kind == "offer":
+            task = policy.check_session(protocol.unpack(letter, protocol.Terms), job, given)
+        elif given.kind == "accept":
+            task = policy.check_session(protocol.unpack(letter, protocol.Invitation).terms, job, given)
         try:
             form = course_form(job, given.course, task, self._site)
             course = Course(given.course, (), Algorithm.model_validate(form.strategy), (), terms_from(form.terms))
             answering = partial(
-                self._sessions().exchange,
+                self._sessions(job).exchange,
                 given.course,
-                job.secure_aggregation,
+                section,  # type: ignore[arg-type]  # both are of the job
                 course.terms,
                 course.pieces()[0].weighed,
                 self._site,
@@ -353,7 +367,7 @@ class JoinedJob:
         form = course_form(job, given.course, given.kind, self._site)
         await whole(lambda: self._forget_plans(path))
         if given.kind != "train" or not await whole(partial(self._spares.take, out)):
-            _check_room(out.parent, path, 1 if job.secure_aggregation is None else _MASKED)
+            _check_room(out.parent, path, _times(job))
         if given.kind == "train" and (self._account is not None or self._settings.privacy.require is not None):
             await self._charge(job, given)
 
@@ -385,11 +399,11 @@ class JoinedJob:
                 answer.seconds,
             )
             await whole(partial(wire.spool, empty, out))
-        if job.secure_aggregation is None:
+        if job.secret_sums is None:
             await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
         else:
-            terms = await whole(lambda: self._sessions().terms(given.course, self._site))
-            await whole(lambda: policy.check_masked(out, plan, self._site, terms))
+            layout = await whole(lambda: self._sessions(job).layout(given.course, self._site))
+            await whole(lambda: policy.check_hidden(out, plan, self._site, layout))
         if given.kind == "train" and self._account is not None:
             assert self._examples is not None, "it was charged"
             weight = (await whole(partial(wire.Spooled, out))).header.weight
@@ -462,6 +476,13 @@ def lost(reason: str) -> Outcome:
 def _shortened(reason: str) -> str:
     """Return a reason that fits into a message: of a long traceback the end says most."""
     return reason if len(reason) <= REASON_LENGTH else f"... {reason[-REASON_LENGTH:]}"
+
+
+def _times(job: Job) -> int:
+    """Return how many times its plan an update of the job takes on the disk, at most."""
+    if job.secret_sums is None:
+        return 1
+    return _MASKED if job.homomorphic_encryption is None else _ENCRYPTED
 
 
 def _check_room(folder: Path, plan: Path, times: int) -> None:

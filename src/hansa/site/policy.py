@@ -10,6 +10,7 @@ update before it leaves.
 | a mechanism of privacy missing or too weak; data under a budget, and a job that goes around it | PolicyError |
 | no secure aggregation, or of fewer sites than the site's least; code of one's own under it, beside a bound to prove |
 PolicyError |
+| a key of homomorphic encryption that is not with a site that this one trusts | PolicyError |
 | a session of secure aggregation for another round, or of other sites than the job's sampling draws | PolicyError |
 | the site's plug-in gives a reason, or fails | PolicyError with that reason: a site is closed when in doubt |
 | a plan of another job, round, task or seed than announced, or one that leads to other sites' mailboxes | PolicyError |
@@ -33,14 +34,15 @@ from hansa.bundle import Bundle, check_code, in_folder, localised_model
 from hansa.core import tree as trees
 from hansa.core import wire
 from hansa.core.config import Job
+from hansa.core.tree import Layout
 from hansa.core.values import Header, Plan, Task
 from hansa.errors import HansaError, PolicyError, nearest
-from hansa.secagg.protocol import Terms
+from hansa.homomorphic.protocol import Terms as KeyTerms
+from hansa.secagg.protocol import Terms as MaskTerms
 from hansa.site.settings import DataPaths, Policy, SiteSettings
 from hansa.transport.messages import Assignment
 from hansa.workers.runner import num_threads
 from hansa.workflows.scatter_gather import sample
-from hansa.workflows.secure import MASKED, VECTOR
 
 PLACE = "site"
 
@@ -130,32 +132,40 @@ def _require_privacy(job: Job, settings: SiteSettings) -> None:
 
 def _require_masks(bundle: Bundle, settings: SiteSettings) -> None:
     job, least = bundle.job, settings.privacy.summed_with
-    masks = job.secure_aggregation
+    masks, encrypted = job.secret_sums, job.homomorphic_encryption
     if least is not None and (masks is None or masks.minimum < least):
-        shown = "no [secure_aggregation]" if masks is None else f"secure_aggregation.minimum = {masks.minimum}"
+        family = "secure_aggregation" if encrypted is None else "homomorphic_encryption"
+        shown = "no [secure_aggregation]" if masks is None else f"{family}.minimum = {masks.minimum}"
         raise PolicyError(f"The job has {shown}; this site's updates are summed with others, at least {least} in all.")
     if masks is None:
         return
     if job.strategy.name not in registry.TABLES["strategies"]:
         raise PolicyError(
             f"What {job.strategy.name!r} sums is known to its own code only, so this site can't hold the server to the "
-            "terms of secure aggregation. Use a strategy of Hansa's."
+            "terms of a secret sum. Use a strategy of Hansa's."
+        )
+    trusted = settings.privacy.key_sites
+    if encrypted is not None and trusted is not None and encrypted.key_site not in trusted:
+        raise PolicyError(
+            f"The job has homomorphic_encryption.key_site = {encrypted.key_site or 'none named'}; this site trusts with "
+            f"the key: {', '.join(trusted) or 'nobody'}."
         )
     proved = sorted(settings.policy.require_filters.keys() & _PROOFS.keys())
     if proved and bundle.code:
         raise PolicyError(
-            f"This site requires the filter {proved[0]!r}; a masked update does not show that it was applied, and the "
-            "job brings code of its own that could go around it. Leave the code or [secure_aggregation] out."
+            f"This site requires the filter {proved[0]!r}; a masked or encrypted update does not show that it was "
+            "applied, and the job brings code of its own that could go around it. Leave the code or "
+            "[secure_aggregation] out."
         )
     budget = settings.privacy.budgets.get(trained_on(job) or "")
     if budget is not None and job.privacy is not None and job.privacy.mechanism == "dp-sgd":
         raise PolicyError(
-            "The data's privacy budget is held against the examples that an update was made from, and under masks "
+            "The data's privacy budget is held against the examples that an update was made from, and in a secret sum "
             "their number does not show. Use privacy.mechanism 'local' or 'central', or no [secure_aggregation]."
         )
 
 
-def check_session(proposed: Terms, job: Job, given: Assignment) -> Task:
+def check_session(proposed: MaskTerms | KeyTerms, job: Job, given: Assignment) -> Task:
     """Check a session that a server begins, beside what its terms are held to, and return what it is to be for.
 
     Where the signed job names its sites and draws them for all to see, the server has no say in whom to ask.
@@ -167,7 +177,7 @@ def check_session(proposed: Terms, job: Job, given: Assignment) -> Task:
     if number != given.round or number not in _rounds(job, given.course):
         raise PolicyError(
             f"The server announced round {given.round} of {given.course!r}, and begins session {proposed.round} of "
-            "secure aggregation, which is another's."
+            "secret sums, which is another's."
         )
     signed = job.cohort.sites
     in_secret = job.privacy is not None and job.privacy.mechanism in ("central", "dp-ftrl")
@@ -181,18 +191,16 @@ def check_session(proposed: Terms, job: Job, given: Assignment) -> Task:
     return "evaluate" if judged else "train"
 
 
-def check_masked(path: Path, plan: Plan, site: str, terms: Terms | None) -> None:
-    """Raise PolicyError unless a finished update is one masked vector of the session, and nothing else stands in it.
+def check_hidden(path: Path, plan: Plan, site: str, layout: Mapping[str, Layout] | None) -> None:
+    """Raise PolicyError unless a finished update is masked or encrypted, as ``layout`` says, and nothing stands beside.
 
     Bounds on norms can't be read from it: :func:`decide` has seen to it that only Hansa's own code was to keep them.
     """
     header = wire.Spooled(path).header
-    ring = None if terms is None else terms.encoding
-    layout = None if ring is None else {MASKED: {VECTOR: trees.Spec(ring.dtype.name, (ring.size,))}}
     said = (header.site, header.round, header.version, header.weight, header.sums, header.logged, header.layout)
     room = header.num_bytes + header.num_bytes // 1000 + (1 << 16)
     if said != (site, plan.round, plan.version, 1.0, {}, {}, layout) or path.stat().st_size > room:
-        raise PolicyError("The training code made something else than a masked update. It was not sent.")
+        raise PolicyError("The training code made something else than a masked or encrypted update. It was not sent.")
 
 
 _HIDES: Mapping[str, frozenset[str]] = {

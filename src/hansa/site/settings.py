@@ -84,8 +84,12 @@ class PrivacyRules(Section):
     )
     summed_with: Annotated[int, Field(ge=3)] | None = Field(
         None,
-        description="Train only under secure aggregation, in sums of at least so many sites, this one among them; any "
-        "job if left out.",
+        description="Train only under secure aggregation or homomorphic encryption, in sums of at least so many sites, "
+        "this one among them; any job if left out.",
+    )
+    key_sites: list[Name] | None = Field(
+        None,
+        description="Under homomorphic encryption, the sites that this one trusts with the key; any if left out.",
     )
     budgets: dict[Name, Budget] = Field(
         default_factory=dict,
@@ -167,6 +171,7 @@ def commented() -> str:
 
 _EXAMPLES = {
     "summed_with": 5,
+    "key_sites": ["charite"],
     "require": ["dp-sgd", "local"],
     "proxy": "http://proxy.example.org:3128",
     "recipes": ["sequence-classification", "causal-lm"],

@@ -30,6 +30,7 @@ from hansa.core import storage
 from hansa.core.config import HomomorphicEncryptionSection
 from hansa.core.lazy import Array
 from hansa.core.ports import Phase
+from hansa.core.tree import Layout, Spec
 from hansa.core.values import Task, Update
 from hansa.errors import PrivacyError, StorageError
 from hansa.homomorphic import agreement, ckks
@@ -125,10 +126,10 @@ class Sessions:
             place += ckks.WORDS
         return replace(update, parts={SEALED: {CIPHERTEXTS: words}}, weight=1.0, sums={}, logged={})
 
-    def terms(self, course: str, site: str) -> Terms | None:
-        """Return the terms of a site's last session, or None if it had none."""
+    def layout(self, course: str, site: str) -> Mapping[str, Layout] | None:
+        """Return the form of a site's encrypted update in its last session, or None if it had none."""
         invitation = self._invitation(course, site)
-        return None if invitation is None else invitation.terms
+        return None if invitation is None else {SEALED: {CIPHERTEXTS: Spec("uint64", (invitation.terms.num_words,))}}
 
     def _invitation(self, course: str, site: str) -> Invitation | None:
         letter = self._read(course, f"{site}.invitation")

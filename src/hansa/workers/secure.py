@@ -28,6 +28,7 @@ from hansa.core import storage
 from hansa.core import tree as trees
 from hansa.core.config import SecretSums, SecureAggregationSection
 from hansa.core.ports import Phase
+from hansa.core.tree import Layout, Spec
 from hansa.core.values import Task, Update
 from hansa.errors import AccessError, HansaError, PrivacyError
 from hansa.privacy.draws import Secret
@@ -128,6 +129,11 @@ class Sessions:
         summed = summands(parts, update.weight, metrics)
         vector = self._open(course, update.site).masked(summed)
         return replace(update, parts={MASKED: {VECTOR: trees.tensor(vector)}}, weight=1.0, sums={}, logged={})
+
+    def layout(self, course: str, site: str) -> Mapping[str, Layout] | None:
+        """Return the form of a site's masked update in its last session, or None if it had none."""
+        terms = self.terms(course, site)
+        return None if terms is None else {MASKED: {VECTOR: Spec(terms.encoding.dtype.name, (terms.encoding.size,))}}
 
     def _open(self, course: str, site: str, proposed: bytes | None = None) -> Site:
         path = self._directory / course / f"{site}.state"
