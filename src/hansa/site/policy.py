@@ -147,8 +147,8 @@ def _require_masks(bundle: Bundle, settings: SiteSettings) -> None:
     trusted = settings.privacy.key_sites
     if encrypted is not None and trusted is not None and encrypted.key_site not in trusted:
         raise PolicyError(
-            f"The job has homomorphic_encryption.key_site = {encrypted.key_site or 'none named'}; this site trusts with "
-            f"the key: {', '.join(trusted) or 'nobody'}."
+            f"The job has homomorphic_encryption.key_site = {encrypted.key_site or 'none named'}; this site trusts "
+            f"with the key: {', '.join(trusted) or 'nobody'}."
         )
     proved = sorted(settings.policy.require_filters.keys() & _PROOFS.keys())
     if proved and bundle.code:
