@@ -115,6 +115,21 @@ def test_secret_cohorts_are_held_against_both_claims(audit: Any) -> None:
     assert measures["ε proved, sites"]["bound"] == claims["the sites"] > claims["the public"]
 
 
+def test_a_finished_run_is_audited_as_it_was(
+    audit: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    audit(privacy=NOISED)
+    assert hansa(capsys, monkeypatch, "run", "job.json").code == 0
+    words = ("audit", "privacy", "audited-0001", "--attack", "canaries")
+    done = hansa(capsys, monkeypatch, *words, "--json")
+    assert done.code == 0, done.err
+    assert done.json["run"] == "audited-0001"
+    assert Path(done.json["files"]["report"]) == tmp_path / "runs" / "audited-0001" / "audit" / "audit.html"
+    refused = hansa(capsys, monkeypatch, *words, "--set", "rounds=2")
+    assert refused.code == 2
+    assert "a run is audited as it was" in refused.err
+
+
 def test_an_unknown_attack_is_named(audit: Any) -> None:
     done = audit("--attack", "canary")
     assert done.code == 2

@@ -58,7 +58,7 @@ from hansa.privacy.plan import PrivacyPlan
 from hansa.privacy.protect import CLIP
 from hansa.runs.progress import Progress
 
-NAME = "One-run canaries"
+NAME = "one-run canaries"
 
 CANARIES = 800
 """How many coins are thrown; about half of the canaries are in."""

@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -80,13 +80,15 @@ class Subject:
         params: the model that is attacked, native dtypes: of a run the final one, of a job the one it starts from.
         reports: what each site tells of its data.
         run: the finished run, where there is one.
+        left: what is freed when the audit is over.
     """
 
     job: Job
     program: Program
     params: Tree
     reports: tuple[SiteReport, ...]
-    run: Run | None = None
+    run: Run | None
+    left: contextlib.ExitStack = field(repr=False, compare=False)
 
     @property
     def sites(self) -> Sequence[str]:
@@ -143,7 +145,7 @@ class Subject:
 
     def of(self, job: Job) -> Subject:
         """Return the subject of another job over the same data, from the same model."""
-        return _loaded(job, self.run, self.params)
+        return _loaded(job, self.run, self.params, self.left)
 
     def carry_out(
         self,
@@ -197,23 +199,22 @@ def opened(job: Job, run: Run | None = None) -> Iterator[Subject]:
     Raises:
         HansaError: the job can't run here, or the run has no final model.
     """
-    subject = _loaded(job, run, None)
-    try:
+    with contextlib.ExitStack() as left:
+        subject = _loaded(job, run, None, left)
         subject.check()
         yield subject
-    finally:
-        subject.program.close()
 
 
-def _loaded(job: Job, run: Run | None, params: Tree | None) -> Subject:
+def _loaded(job: Job, run: Run | None, params: Tree | None, left: contextlib.ExitStack) -> Subject:
     program: Program = registry.load("recipes", job.recipe.name)(job)
+    left.callback(program.close)
     reports = tuple(program.inspect(site) for site in sorted(program.sites))
     error = refusal(job, len(reports), {})
     if error is not None:
         raise error
     if params is None:
         params = program.initial() if run is None else _final(run)
-    return Subject(job, program, params, reports, run)
+    return Subject(job, program, params, reports, run, left)
 
 
 def _final(run: Run) -> Tree:

@@ -15,7 +15,7 @@ from rich.text import Text
 from hansa import registry
 from hansa.audit import report
 from hansa.audit.audit import Audit, carry_out
-from hansa.audit.finding import Measure
+from hansa.audit.finding import Finding, Measure
 from hansa.audit.subject import opened
 from hansa.cli import console, live
 from hansa.cli.running import JOB_FILES
@@ -77,35 +77,34 @@ def _asked(wish: Wish) -> tuple[Job, Run | None]:
 
 def tell(to: Console, found: Audit, written: Mapping[str, Path]) -> None:
     """Print what was found and where the report is."""
-    to.print()
-    if found.findings:
-        to.print(_table(found))
     for finding in found.findings:
-        to.print(Text.assemble((f"{finding.attack}: ", "bold"), finding.says), soft_wrap=True)
+        to.print()
+        to.print(_table(finding))
+        to.print(Text(finding.says), soft_wrap=True)
+    to.print()
     for item in found.skipped:
-        to.print(Text(f"{item.attack}: not carried out. {item.because}", "dim"), soft_wrap=True)
+        to.print(Text(f"{_capital(item.attack)}: not carried out. {item.because}", "dim"), soft_wrap=True)
     to.print()
     for name, path in written.items():
         to.print(Text.assemble((f"  {name:<8}", "dim"), str(path)), soft_wrap=True)
     to.print(Text(f"  {duration(found.seconds)}", "dim"))
 
 
-def _table(found: Audit) -> Table:
-    table = Table(title="What attacks found", title_justify="left", title_style="bold", box=box.SIMPLE)
-    table.header_style = "dim"
-    for title in ("attack", "by", "measure", "found", "guessing", "promised", "verdict"):
-        table.add_column(
-            title,
-            justify="right" if title in ("found", "guessing", "promised") else "left",
-            no_wrap=title not in ("attack", "by"),
-        )
-    for finding in found.findings:
-        for place, measure in enumerate(finding.measures):
-            first = (Text(finding.attack), Text(finding.adversary)) if not place else (Text(), Text())
-            verdict = Text(finding.verdict, _STYLES[finding.verdict]) if not place else Text()
-            table.add_row(*first, Text(measure.name), *_cells(measure), verdict)
-        table.add_section()
+def _table(finding: Finding) -> Table:
+    title = Text.assemble(
+        (_capital(finding.attack), "bold"), f", by {finding.adversary}: ", (finding.verdict, _STYLES[finding.verdict])
+    )
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, header_style="dim")
+    table.add_column("measure")
+    for name in ("found", "guessing", "promised"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for measure in finding.measures:
+        table.add_row(Text(measure.name), *_cells(measure))
     return table
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _cells(measure: Measure) -> tuple[Text, Text, Text]:
