@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 import toys
 from federations import Loopback, loopback
@@ -25,9 +26,12 @@ from hansa.errors import PolicyError, StorageError
 from hansa.pki.authority import Authority
 from hansa.pki.identity import Role
 from hansa.pki.kit import Kit
+from hansa.privacy import protect
 from hansa.privacy.accounting import Release, epsilon
 from hansa.privacy.ledger import Books, Budget, Charge
+from hansa.privacy.plan import GRID
 from hansa.runs import carrier
+from hansa.simulation.run import run
 from hansa.site import budget, policy
 from hansa.site.settings import SiteSettings, load
 from members import Members, members
@@ -40,6 +44,8 @@ LOCAL = {"mechanism": "local", "clip": 1.0, "noise_multiplier": 12.0, "delta": D
 DP_SGD = {**LOCAL, "mechanism": "dp-sgd", "noise_multiplier": 1.0}
 CENTRAL = {**LOCAL, "mechanism": "central"}
 DP_FTRL = {**LOCAL, "mechanism": "dp-ftrl"}
+DISTRIBUTED = {**LOCAL, "mechanism": "distributed"}
+MASKS = {"metrics": {"loss_sum": 1e6, "examples": 1e6}, "corrupt": 0.25}
 
 
 def settings(rules: dict | None = None, **values) -> SiteSettings:
@@ -73,9 +79,10 @@ def budgets(**values) -> dict:
         (job(None), {"require": ["dp-sgd", "local"]}, r"has no \[privacy\]; this site takes part with: dp-sgd, local"),
         (job(CENTRAL), {"require": ["dp-sgd"]}, "mechanism = 'central'; this site takes part with: dp-sgd"),
         (job(None), budgets(), r"has no \[privacy\], and 'notes' has a privacy budget"),
-        (job(CENTRAL), budgets(), "for one example against the server. Use one of: dp-sgd, local"),
+        (job(CENTRAL), budgets(), "for one example against the server. Use one of: distributed, dp-sgd, local"),
         (job(DP_FTRL), budgets(), "for one example against the server"),
-        (job(DP_SGD), budgets(unit="user"), "for one user against the server. Use one of: local"),
+        (job(DP_SGD), budgets(unit="user"), "for one user against the server. Use one of: distributed, local"),
+        (job(CENTRAL), budgets(adversary="server-and-corrupt"), "Use one of: distributed, dp-sgd, local"),
         (job(data=None), budgets(), "does not say what it trains on"),
         (job(data="/data/notes.jsonl"), budgets(), "does not say what it trains on"),
         (job(baselines={"local": True}), budgets(), "baselines.local sends what no noise hides"),
@@ -94,6 +101,7 @@ def test_jobs_that_a_budget_does_not_take(everybody, asked, rules, reason):
         (job(DP_SGD), {"require": ["dp-sgd"], **budgets()}),
         (job(CENTRAL), budgets(adversary="sites")),
         (job(DP_FTRL), budgets(adversary="sites", unit="user")),
+        (job(DISTRIBUTED), {"require": ["distributed"], **budgets(adversary="server-and-corrupt", unit="user")}),
         (job(None, data="site:free"), budgets()),
         (job(None, data=None), {}),
     ],
@@ -121,6 +129,7 @@ def test_pieces_of_ones_own_are_not_trusted_with_a_budget(everybody):
         ("[policy]\njob_paths = true\n[privacy.budgets.notes]\nepsilon = 1.0\ndelta = 1e-5\n", "job_paths"),
         ('[data.twin]\ntrain = "n"\n[privacy.budgets.notes]\nepsilon = 1.0\ndelta = 1e-5\n', "by another name"),
         ('[privacy]\nrequire = ["dp"]\n', "privacy.require"),
+        ("[privacy]\nepsilon = 1.0\n", "give epsilon and delta, or neither"),
     ],
 )
 def test_settings_that_would_not_hold(tmp_path, text, message):
@@ -132,10 +141,12 @@ def test_settings_that_would_not_hold(tmp_path, text, message):
 
 
 ALLOWED = Budget(epsilon=3.0, delta=DELTA)
+TRUSTING = ALLOWED.model_copy(update={"adversary": "sites"})
+COLLUDING = ALLOWED.model_copy(update={"adversary": "server-and-corrupt"})
 
 
-def account(everybody: Members, folder: Path, digest: str = "d" * 64) -> budget.Account:
-    return budget.Account(budget.ledger(folder, "notes", everybody.site), ALLOWED, digest, "toy-0001")
+def account(everybody: Members, folder: Path, allowed: Budget = ALLOWED) -> budget.Account:
+    return budget.Account(budget.ledger(folder, "notes", everybody.site), allowed, "d" * 64, "toy-0001")
 
 
 def books(everybody: Members, folder: Path) -> Books:
@@ -156,13 +167,14 @@ BOUNDS = frozenset({Trait.STEPWISE, Trait.BOUNDS_EXAMPLES})
 )
 def test_what_a_round_is_charged(everybody, tmp_path, privacy, unit, release):
     asked = job(privacy, train={"batch_size": 40, "epochs": 0.25}, rounds=30)
-    open_account = account(everybody, tmp_path)
+    allowed = TRUSTING if privacy in (CENTRAL, DP_FTRL) else ALLOWED
+    open_account = account(everybody, tmp_path, allowed)
     for task, round in (("t1", 1), ("t1", 1), ("t2", 2)):
         open_account.charge(asked, 4000, task, round)
     found = books(everybody, tmp_path).entries
     rounds = 1 if privacy is DP_FTRL else 2
     assert [(entry.unit, entry.release) for entry in found] == [(unit, release)] * rounds
-    assert books(everybody, tmp_path).spent(ALLOWED) == pytest.approx(
+    assert books(everybody, tmp_path).spent(allowed) == pytest.approx(
         epsilon([Release(release.noise_multiplier, release.rate, rounds * release.count)], DELTA)
     )
 
@@ -171,9 +183,11 @@ def test_an_update_of_other_examples_does_not_leave(everybody, tmp_path):
     asked = job(DP_SGD, train={"batch_size": 40, "steps": 5})
     open_account = account(everybody, tmp_path)
     open_account.charge(asked, 4000, "t1", 1)
-    with pytest.raises(PolicyError, match="made from 2000 examples, and 4000 were charged"):
-        open_account.sent(asked, "t1", 2000 / 1024, 4000)
-    open_account.sent(asked, "t1", 4000 / 1024, 4000)
+    with pytest.raises(PolicyError, match="made from 2000 examples, and the site has 4000"):
+        budget.check_examples(asked, 2000 / 1024, 4000)
+    budget.check_examples(asked, 4000 / 1024, 4000)
+    budget.check_examples(job(), 2000 / 1024, 4000)
+    open_account.sent(asked, "t1")
     open_account.charge(asked, 4000, "t1", 1)
     assert len(books(everybody, tmp_path).entries) == 2
 
@@ -213,6 +227,74 @@ def test_the_ledger_is_signed_by_the_site(everybody, tmp_path):
     head.write_bytes(json.dumps({**said, "signature": said["signature"][::-1]}).encode())
     with pytest.raises(StorageError, match=r"notes\.head, was changed"):
         books(everybody, tmp_path / "own")
+
+
+def test_a_share_of_noise_counts_by_whom_it_is_to_hide_from(everybody, tmp_path):
+    """Against the corrupt sites all of it, against all other sites one site's own share; the server's own noise not."""
+    asked = job(DISTRIBUTED, secure_aggregation=MASKS)
+    with pytest.raises(PolicyError, match=r"round 1 of toy-0001 would make it"):
+        account(everybody, tmp_path).charge(asked, 10, "t1", 1, 25)
+    open_account = account(everybody, tmp_path, COLLUDING)
+    open_account.charge(asked, 10, "t1", 1, 9)
+    (entry,) = books(everybody, tmp_path).entries
+    assert (entry.unit, entry.release, entry.honest) == ("user", Release(6.0, grid=2 * GRID), 9)
+    for adversary, noise in (("server-and-corrupt", 6.0), ("server", 2.0), ("sites", 2.0)):
+        found = books(everybody, tmp_path).spent(ALLOWED.model_copy(update={"adversary": adversary}))
+        assert found == pytest.approx(epsilon([Release(noise)], DELTA, "rdp"), rel=5e-3), adversary
+    lines = books(everybody, tmp_path)
+    trusting = Charge("e" * 64, "b-0001", "t1", 1, "central", "user", Release(50.0))
+    assert lines.spent(TRUSTING, trusting) < 4
+    assert lines.spent(ALLOWED, trusting) == float("inf")
+
+
+FTRL = job({**DP_FTRL, "separation": 3, "participations": 2}, rounds=12)
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "round", "reason"),
+    [
+        (FTRL, (), 2, None),
+        (FTRL, (2,), 2, None),
+        (FTRL, (2,), 5, None),
+        (FTRL, (2,), 4, "has trained round 2: dp-ftrl's noise is made for turns 3 rounds apart"),
+        (FTRL, (5,), 3, "has trained round 5"),
+        (FTRL, (2, 5), 8, "has trained 2 of the 2 that dp-ftrl's noise is made for"),
+        (FTRL, (2, 5), 5, None),
+        (job(CENTRAL, cohort={"sample": 0.1}), range(1, 10), 10, None),
+        (job(CENTRAL, cohort={"sample": 0.1}), range(1, 13), 13, "in 13 of 13 rounds, and the job draws it with"),
+        (job(CENTRAL, cohort={"sample": 0.1}), range(1, 13), 100, None),
+        (job(CENTRAL, cohort={"sample": 1.0}), range(1, 200), 200, None),
+        (job(None, cohort={"sample": 0.1}), range(1, 200), 200, None),
+    ],
+)
+def test_a_site_is_asked_no_more_often_than_its_promise_allows(asked, before, round, reason):
+    if reason is None:
+        budget.check_turn(asked, set(before), round)
+    else:
+        with pytest.raises(PolicyError, match=reason):
+            budget.check_turn(asked, set(before), round)
+
+
+def test_chance_turns_away_no_honest_server():
+    """The bound is above the true tail, so a site is asked in vain once in 2⁴⁰ at most."""
+    for rounds, rate in ((1, 0.5), (20, 0.1), (300, 0.02), (300, 0.7)):
+        for times in range(1, rounds + 1):
+            assert budget._chance(times, rounds, rate) >= stats.binom(rounds, rate).sf(times - 1) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "examples", "release"),
+    [
+        (job(DP_SGD, train={"batch_size": 40, "epochs": 0.25}, rounds=3), 4000, Release(1.0, 0.01, 75)),
+        (job(LOCAL, rounds=3), 0, Release(6.0, count=3)),
+        (job(DP_FTRL, rounds=3), 0, Release(6.0)),
+    ],
+)
+def test_a_job_that_would_spend_more_than_a_site_accepts(asked, examples, release):
+    spent = epsilon([release], DELTA)
+    budget.check_epsilon(asked, examples, spent * 1.001, DELTA)
+    with pytest.raises(PolicyError, match="this site accepts at most"):
+        budget.check_epsilon(asked, examples, spent * 0.999, DELTA)
 
 
 # Deployed
@@ -400,6 +482,107 @@ async def test_a_required_mechanism_that_the_training_code_does_not_have(tmp_pat
         assert view.line.state == "failed"
         assert "does not keep the privacy that it promises" in view.line.error
         assert trained(tmp_path) == Counter()
+
+
+async def test_what_a_job_promises_is_checked_where_nothing_is_required(tmp_path, monkeypatch):
+    """A lead's job says dp-sgd, its program knows nothing of it, and a server lets it pass."""
+    monkeypatch.setattr(carrier, "check", lambda *args: None)
+    async with loopback(tmp_path) as lab:
+        lab.write("s0")
+        await lab.start("s0")
+        asked = deployed(tmp_path, rounds=1).model_dump(mode="json")
+        view = await lab.run(config.parse({**asked, "data": None, "privacy": DP_SGD}))
+        assert view.line.state == "failed"
+        assert "does not keep the privacy that it promises" in view.line.error
+        assert trained(tmp_path) == Counter()
+
+
+async def test_noise_that_hides_nothing_does_not_pass_for_a_mechanism(tmp_path):
+    async with loopback(tmp_path) as lab:
+        lab.write("s0", f"[privacy]\nrequire = ['local']\nepsilon = 4.0\ndelta = {DELTA}\n")
+        await lab.start("s0")
+        asked = deployed(tmp_path, rounds=1, noise=1e-6).model_dump(mode="json")
+        view = await lab.run(config.parse({**asked, "data": None}))
+        assert view.line.state == "failed"
+        assert "this site accepts at most 4 of one job" in view.line.error
+        assert trained(tmp_path) == Counter()
+
+
+async def test_a_server_that_asks_too_often_is_refused_by_what_the_site_remembers(tmp_path, monkeypatch):
+    """The server takes dp-ftrl's sites in every round; the agent is started anew in between."""
+    monkeypatch.setattr(protect, "_turn", lambda sites, *rest: tuple(sites))
+    asked = deployed(tmp_path, rounds=4).model_dump(mode="json")
+    private = {**DP_FTRL, "separation": 2}
+    async with loopback(tmp_path) as lab, lab.lead() as lead:
+        lab.write("s0")
+        with agent(lab.site("s0")):
+            id = await lead.submit(config.parse({**asked, "data": None, "privacy": private}))
+            await until(lambda: trained(tmp_path)["s0 1"] == 1)
+        with agent(lab.site("s0")):
+            view = await lead.wait(id)
+        assert view.line.state == "failed"
+        assert "has trained round 1: dp-ftrl's noise is made for turns 2 rounds apart" in view.line.error
+        assert trained(tmp_path)["s0 2"] == 0
+
+
+# Distributed noise
+
+FOUR = ("s00", "s01", "s02", "s03")
+
+
+def shared(folder: Path, noise: float, rounds: int, **data) -> Job:
+    return toys.job(
+        recipe={"name": "toys:many", "num_sites": 4},
+        rounds=rounds,
+        evaluation={"every": 0},
+        directory=str(folder),
+        output={"dir": str(folder / "runs")},
+        privacy={**DISTRIBUTED, "noise_multiplier": noise},
+        secure_aggregation=MASKS,
+        baselines={"local": False, "base": False},
+        **data,
+    )
+
+
+@contextlib.asynccontextmanager
+async def four(folder: Path, allowed: float):
+    """A federation whose sites keep a budget against the server and one of them."""
+    async with loopback(folder, FOUR) as lab:
+        spend = f"epsilon = {allowed!r}, delta = {DELTA}, unit = 'user', adversary = 'server-and-corrupt'"
+        rules = (
+            f"[data.notes]\ntrain = 'n'\n[privacy]\nrequire = ['distributed']\nbudgets = {{ notes = {{ {spend} }} }}\n"
+        )
+        for site in FOUR:
+            lab.write(site, rules, job_paths=False, recipes=["toys:many"])
+        await asyncio.gather(*map(lab.start, FOUR))
+        yield lab
+
+
+async def test_distributed_noise_is_charged_and_the_model_is_a_simulations(tmp_path, capsys, monkeypatch):
+    """Noise far below the grid is all zeros, so the bits are those of `hansa run`; the charge is the job's."""
+    async with four(tmp_path, 1e60) as lab:
+        view = await lab.run(shared(tmp_path, 1e-12, 2, data={"train": "site:notes"}))
+        assert view.line.state == "finished", view.line.error
+        found = (lab.made.server / "jobs" / view.line.job / "model" / "model.safetensors").read_bytes()
+        simulated = await asyncio.to_thread(run, shared(tmp_path, 1e-12, 2))
+        assert found == (simulated.directory / "model" / "model.safetensors").read_bytes()
+        for site in FOUR:
+            (item,) = hansa(capsys, monkeypatch, "site", "budget", str(lab.site(site)), "--json").json["budgets"]
+            (charged,) = item["jobs"]
+            assert (charged["job"], charged["mechanism"], charged["charges"]) == (view.line.job, "distributed", 2)
+            assert item["spent"] == pytest.approx(epsilon([Release(5e-13, count=2, grid=2 * GRID)], DELTA))
+
+
+async def test_a_round_of_distributed_noise_beyond_the_budget_is_not_trained(tmp_path):
+    """Of four sites one may be corrupt, so three shares are asked for a sum and two of them are all of the noise."""
+    allowed = epsilon([Release(6.0, grid=2 * GRID)], DELTA)
+    async with four(tmp_path, allowed * 1.001) as lab:
+        view = await lab.run(shared(tmp_path, 12.0, 2, data={"train": "site:notes"}))
+        assert view.line.state == "failed"
+        assert "privacy budget of 'notes' does not allow this round" in view.line.error
+        for site in FOUR:
+            books = budget.ledger(lab.site(site), "notes", Kit(lab.site(site))).read()
+            assert [(entry.round, entry.honest) for entry in books.entries] == [(1, 2)]
 
 
 # hansa site budget

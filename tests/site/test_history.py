@@ -39,6 +39,20 @@ def test_one_plan_a_round(tmp_path, bundle):
             history.check(other)
 
 
+def test_a_round_whose_noise_is_drawn_anew_is_answered_once(tmp_path, bundle):
+    """Killed before its answer was noted it is made again; later, by whatever plan, it is not. Evaluations are."""
+    for _ in range(2):
+        history = History(tmp_path / "history", bundle, "toy-1")
+        history.check(given("a"), once=True)
+    history.note(given("a"))
+    for known in (history, History(tmp_path / "history", bundle, "toy-1")):
+        with pytest.raises(PolicyError, match="would tell more than the job's privacy plan accounts for"):
+            known.check(given("a"), once=True)
+        known.check(given("a", round=2), once=True)
+        known.check(given("a"))
+        assert known.trained("toy") == {1}
+
+
 def test_a_plan_that_was_never_answered_may_be_replaced(tmp_path, bundle):
     history = History(tmp_path, bundle, "toy-1")
     history.check(given("a"))

@@ -14,6 +14,12 @@ from hansa.privacy.ledger import Books, Budget, TamperedError
 from hansa.site import budget
 from hansa.site.settings import FILE, load
 
+_ADVERSARIES = {
+    "server": "the server",
+    "server-and-corrupt": "the server and the corrupt sites of each job",
+    "sites": "the sites",
+}
+
 
 def show(directory: Path, *, verify: bool, as_json: bool) -> None:
     """Show every ledger of the site in ``directory``; or, to ``verify``, only check them.
@@ -87,7 +93,7 @@ def _shown(item: dict[str, Any]) -> list[str]:
     else:
         lines = [
             f"{data}: ε = {_number(item['spent'])} of {allowed['epsilon']:g} is spent, at δ = {allowed['delta']:g}, "
-            f"for one {allowed['unit']}, against the {allowed['adversary']}"
+            f"for one {allowed['unit']}, against {_ADVERSARIES[allowed['adversary']]}"
         ]
     for job in item["jobs"]:
         alone = f", ε = {_number(job['spent'])} by itself" if "spent" in job else ""

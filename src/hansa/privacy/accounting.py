@@ -21,6 +21,7 @@ zcdp      ρ adds up (Bun and Steinke 2016, arXiv:1605.02658), turned into ε in
 | an ε above ``WORTHLESS`` by RDP | that, whichever accountant: a distribution of such losses would fill the memory |
 | ``zcdp`` and a rate below 1 | the rate is not used: an upper bound, with no amplification by sampling |
 | Skellam noise | by Rényi divergences, whatever the accountant, and without sampling |
+| ... beside sampled normal noise | that, or half of δ for either, whichever is less |
 | an ε that no noise up to ``LARGEST`` gives | PrivacyError |
 """
 
@@ -82,7 +83,7 @@ def epsilon(releases: Sequence[Release], delta: float, accountant: Accountant = 
     if any(r.noise_multiplier <= 0 for r in left):
         return math.inf
     if any(math.isfinite(r.grid) for r in left):
-        return _whole(left, delta)
+        return _beside(left, delta, accountant)
     if accountant == "zcdp":
         return epsilon_of_zcdp(sum(r.count / (2 * r.noise_multiplier**2) for r in left), delta)
     return _composed(tuple(left), delta, accountant)
@@ -97,6 +98,16 @@ def epsilon_of_zcdp(rho: float, delta: float) -> float:
     compute: Any = registry.load_object("dp_accounting.rdp:compute_epsilon")
     orders = 1 + np.geomspace(1e-3, 1e6, 20_001)
     return float(compute(orders, orders * rho, delta)[0])
+
+
+def _beside(releases: Sequence[Release], delta: float, accountant: Accountant) -> float:
+    """Return the ε of releases of which some have Skellam noise; with sampled ones beside them δ is shared by both."""
+    found = _whole(releases, delta)
+    sampled = [r for r in releases if r.rate < 1 and not math.isfinite(r.grid)]
+    if not sampled:
+        return found
+    rest = [r for r in releases if r not in sampled]
+    return min(found, epsilon(sampled, delta / 2, accountant) + _whole(rest, delta / 2))
 
 
 def _whole(releases: Sequence[Release], delta: float) -> float:

@@ -17,6 +17,7 @@ sampling both are exact for Gaussian noise (:mod:`hansa.privacy.accounting`).
 | the same job, task and release again, as its agent or worker was killed | charged once |
 | ... after its update may have left | charged again: who gets two draws of the noise learns more |
 | a round that would exceed the budget | PolicyError, and nothing is charged |
+| noise of the server's against the server; shares of other sites against all other sites | they count as none |
 | a release that hides an example only, of a budget for whole users | PolicyError: no amount of it would do |
 | a line that was changed, removed, added in between, or exchanged | TamperedError that names the line |
 | lines cut off at the end | TamperedError: the head counts more |
@@ -33,10 +34,11 @@ import binascii
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -52,6 +54,11 @@ from hansa.privacy.accounting import Release, epsilon
 _PURPOSE = b"hansa privacy budget v1\0"
 
 
+Adversary = Literal["server", "server-and-corrupt", "sites"]
+
+_AT_SERVER = frozenset({"central", "dp-ftrl"})
+
+
 class Budget(Section):
     """What may be learnt of a data set in all, by whom."""
 
@@ -60,10 +67,11 @@ class Budget(Section):
     unit: Literal["example", "user"] = Field(
         "example", description="Whose data it protects: one example, or all of this site's (it is one user's device)."
     )
-    adversary: Literal["server", "sites"] = Field(
+    adversary: Adversary = Field(
         "server",
-        description="Against whom: the server, so that only noise added here counts (local, dp-sgd), or the other "
-        "sites and the public, so that the server is trusted to add it.",
+        description="Against whom: the server with all other sites, so that only noise added here counts; the server "
+        "with as many sites as a job's secure_aggregation.corrupt says, so that distributed noise counts in full; or "
+        "the other sites and the public, so that the server is trusted to add noise.",
     )
 
 
@@ -107,7 +115,7 @@ class Sent(_Line, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="se
     """The update of a task may leave from now on."""
 
 
-class Entry(_Line, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="charge"):
+class Entry(_Line, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, tag="charge"):
     """A charge.
 
     Attributes:
@@ -115,7 +123,8 @@ class Entry(_Line, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="c
         round: the task's round.
         mechanism: how it is kept private.
         unit: whom its noise hides.
-        noise_multiplier, rate, count: the release.
+        noise_multiplier, rate, count, grid: the release; no grid where the noise is normal.
+        honest: of distributed noise, how many sites' shares make it up; each adds one.
     """
 
     id: str
@@ -125,11 +134,13 @@ class Entry(_Line, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="c
     noise_multiplier: _Positive
     rate: Annotated[float, msgspec.Meta(gt=0, le=1)]
     count: _Count
+    grid: _Positive | None = None
+    honest: _Count | None = None
 
     @property
     def release(self) -> Release:
         """What was released."""
-        return Release(self.noise_multiplier, self.rate, self.count)
+        return Release(self.noise_multiplier, self.rate, self.count, self.grid or math.inf)
 
 
 class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,6 +167,7 @@ class Charge:
         mechanism: how it is kept private.
         unit: whom its noise hides; hiding a user hides his examples.
         release: the noise and how often.
+        honest: of distributed noise, how many sites' shares make it up.
     """
 
     job: str
@@ -165,6 +177,7 @@ class Charge:
     mechanism: str
     unit: Literal["example", "user"]
     release: Release
+    honest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -192,19 +205,29 @@ class Books:
         for line in self.lines:
             if (line.job, line.task) == (charge.job, charge.task):
                 last = line
-        return isinstance(last, Entry) and last.release == charge.release
+        return isinstance(last, Entry) and (last.release, last.honest) == (charge.release, charge.honest)
 
     def spent(self, budget: Budget, *more: Entry | Charge, enough: float = 0.0) -> float:
-        """Return the ε of all and ``more`` for a budget's δ and unit; up to ``enough`` an upper bound will do."""
+        """Return the ε of all and ``more`` as a budget counts it; up to ``enough`` an upper bound will do."""
         every = [*self.entries, *more]
         if budget.unit == "user" and any(entry.unit == "example" for entry in every):
-            return float("inf")
-        counts: Counter[tuple[float, float]] = Counter()
+            return math.inf
+        counts: Counter[tuple[float, float, float]] = Counter()
         for entry in every:
-            counts[entry.release.noise_multiplier, entry.release.rate] += entry.release.count
-        releases = [Release(noise, rate, count) for (noise, rate), count in sorted(counts.items())]
+            seen = _seen(entry, budget.adversary)
+            counts[seen.noise_multiplier, seen.rate, seen.grid] += seen.count
+        releases = [Release(noise, rate, count, grid) for (noise, rate, grid), count in sorted(counts.items())]
         bound = epsilon(releases, budget.delta, "rdp")
         return bound if bound <= enough else min(bound, epsilon(releases, budget.delta, "pld"))
+
+
+def _seen(entry: Entry | Charge, adversary: Adversary) -> Release:
+    """Return what a release is to an adversary: noise that it adds itself, or knows, hides nothing from it."""
+    if adversary != "sites" and entry.mechanism in _AT_SERVER:
+        return replace(entry.release, noise_multiplier=0.0)
+    if adversary != "server-and-corrupt" and entry.honest is not None:
+        return replace(entry.release, noise_multiplier=entry.release.noise_multiplier / math.sqrt(entry.honest))
+    return entry.release
 
 
 class Ledger:
@@ -247,6 +270,8 @@ class Ledger:
                 noise_multiplier=release.noise_multiplier,
                 rate=release.rate,
                 count=release.count,
+                grid=release.grid if math.isfinite(release.grid) else None,
+                honest=charge.honest,
             )
             self._append(books, entry)
             return after
@@ -375,7 +400,7 @@ class Ledger:
             yield
 
     def _refusal(self, spent: float, after: float, charge: Charge, budget: Budget) -> str:
-        if after == float("inf"):
+        if after == math.inf and charge.unit != budget.unit == "user":
             why = f"{charge.mechanism!r} hides one {charge.unit}, and the budget is for a {budget.unit}"
         else:
             why = f"round {charge.round} of {charge.id} would make it {after:.4g}"

@@ -22,6 +22,10 @@ dp-ftrl      a site (a user's device)  one added or removed    ε, without sampl
 distributed  a site (a user's device)  one added or removed    ε, without sampling          the same ε
 ===========  ========================  ======================  ===========================  =================
 
+Of distributed noise "the sites" and "the server" mean at most ``secure_aggregation.corrupt`` of the sites asked, which
+know their own shares of the noise and one another's; the rest must add theirs. Against all other sites together a site
+has its own share alone: 1/√h of the noise, h being the fewest honest sites of a sum.
+
 What no ε here covers stands in every plan: :data:`NOT_COVERED`.
 """
 
@@ -246,11 +250,12 @@ def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | 
             )
             return PrivacyPlan(terms, shown, "one site added or removed", turns, (*claims, server), warnings)
         case "distributed":
+            assert job.secure_aggregation is not None, "its terms were asked for"
+            share = f"working with at most {job.secure_aggregation.corrupt:.0%} of the sites asked"
             because = "each site adds a share of the noise before its update is masked; no sampling is assumed"
-            claims = tuple(Claim(who, spent, because) for who in ("the public", "the sites"))
-            sums = Claim(
-                "the server", spent, "it sees sums only, with as many corrupt sites as secure_aggregation says"
-            )
+            public, others = Claim("the public", spent, because), Claim("the sites", spent, f"{because}; {share}")
+            claims = (public, others)
+            sums = Claim("the server", spent, f"it sees sums only; {share}, whose shares of the noise it knows")
             return PrivacyPlan(terms, shown, "one site added or removed", "none is assumed", (*claims, sums), warnings)
         case _:
             seen = epsilon([Release(terms.noise_multiplier, 1.0, job.rounds)], section.delta, section.accountant)

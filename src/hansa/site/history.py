@@ -13,7 +13,8 @@ later than something forgotten is taken up no more, so that nothing forgotten is
 |---|---|
 | a signed job under a second id | PolicyError |
 | a second, different plan for a round that was answered | PolicyError |
-| the same plan again: the server was restarted, the answer was lost | carried out again |
+| the same plan again: the server was restarted, the answer was lost | carried out again; |
+| | to train under noise that the site draws (local, dp-sgd), outside masks: PolicyError |
 | a job that is resumed while its round is evaluated | the server keeps that round's model (`hansa.server.store`) |
 | a signed job that this site has forgotten, or never heard of, and as old as one that it has | PolicyError |
 | a power cut between the horizon and what it lets go of | the files are forgotten the next time |
@@ -117,13 +118,26 @@ class History:
         """The folder of the states of secure aggregation."""
         return self._path.with_suffix(".secagg")
 
-    def check(self, given: Assignment) -> None:
-        """Raise PolicyError if the round was answered for another plan."""
+    def check(self, given: Assignment, *, once: bool = False) -> None:
+        """Raise PolicyError if the round was answered for another plan; or at all, where that is to happen ``once``."""
+        if once and _step(given) in self._answered:
+            raise PolicyError(
+                f"This site has answered round {given.round} of {given.course!r}. Made again, with other noise, it "
+                "would tell more than the job's privacy plan accounts for."
+            )
         if self._answered.get(_step(given), given.plan) != given.plan:
             raise PolicyError(
                 f"This site has answered another plan to {given.kind} for round {given.round} of {given.course!r}, and "
                 "answers one a round."
             )
+
+    def trained(self, course: str) -> set[int]:
+        """Return the rounds of a course for which an update was made."""
+        return {
+            int(number)
+            for kind, number, name in (step.split(" ", 2) for step in self._answered)
+            if (kind, name) == ("train", course)
+        }
 
     def note(self, given: Assignment) -> None:
         """Remember, durably, that the plan is answered; before the answer can leave.

@@ -58,6 +58,7 @@ from hansa.homomorphic import protocol
 from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
+from hansa.secagg.agreement import number_of
 from hansa.secagg.protocol import Terms, unpack
 from hansa.site import budget, policy
 from hansa.site.history import History
@@ -71,6 +72,7 @@ from hansa.transport.pieces import Manifest, describe
 from hansa.workers import homomorphic, messages, secure
 from hansa.workers.messages import Absent, Answered, DefectError, Inspect, Perform, Work
 from hansa.workers.runner import Course, terms_from, trace_name, trace_note
+from hansa.workflows.secure import honest_of
 
 IDLE_S = 900.0
 """How long a worker is kept warm for the next task."""
@@ -124,6 +126,7 @@ class JoinedJob:
         self._history: History | None = None
         self._account: budget.Account | None = None
         self._examples: int | None = None
+        self._charged: int | None = None
         self._job: Job | None = None
         self._admitted_by = -1
         self._joining = asyncio.Lock()
@@ -363,12 +366,13 @@ class JoinedJob:
 
     async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
         assert self._history is not None, "the job was joined"
-        self._history.check(given)
+        self._history.check(given, once=given.kind == "train" and budget.draws_noise(job))
         form = course_form(job, given.course, given.kind, self._site)
         await whole(lambda: self._forget_plans(path))
         if given.kind != "train" or not await whole(partial(self._spares.take, out)):
             _check_room(out.parent, path, _times(job))
-        if given.kind == "train" and (self._account is not None or self._settings.privacy.require is not None):
+        if given.kind == "train" and job.privacy is not None:
+            budget.check_turn(job, self._history.trained(given.course), given.round)
             await self._charge(job, given)
 
         def request(ticket: int, threads: int) -> Work:
@@ -404,22 +408,49 @@ class JoinedJob:
         else:
             layout = await whole(lambda: self._sessions(job).layout(given.course, self._site))
             await whole(lambda: policy.check_hidden(out, plan, self._site, layout))
-        if given.kind == "train" and self._account is not None:
-            assert self._examples is not None, "it was charged"
+        if given.kind == "train" and self._examples is not None and job.secret_sums is None:
             weight = (await whole(partial(wire.Spooled, out))).header.weight
-            await whole(partial(self._account.sent, job, given.task, weight, self._examples))
+            budget.check_examples(job, weight, self._examples)
+        if given.kind == "train" and self._account is not None:
+            if self._honest(job, given) != self._charged:
+                raise PolicyError("Another session of secure aggregation has begun. The update was not sent.")
+            await whole(partial(self._account.sent, job, given.task))
         await whole(partial(self._history.note, given))
         return Outcome()
 
     async def _charge(self, job: Job, given: Assignment) -> None:
-        """Check, once, that a job keeps its promise, and charge a round to the data's budget if there is one."""
+        """Check, once, that a job keeps its promise, and charge a round to the data's budget if there is one.
+
+        Pieces that are not Hansa's own are as good as their signer, where the site's rules take them at all.
+        """
         if self._examples is None:
             told = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
             assert isinstance(told, messages.Inspected), told
-            await whole(partial(budget.check_promise, job, self._worker.traits))
-            self._examples = told.counts.get("train", 0)
+            examples = told.counts.get("train", 0)
+            if policy.foreign(job) is None:
+                await whole(partial(budget.check_promise, job, self._worker.traits))
+            rules = self._settings.privacy
+            if rules.epsilon is not None and rules.delta is not None:
+                await whole(partial(budget.check_epsilon, job, examples, rules.epsilon, rules.delta))
+            self._examples = examples
         if self._account is not None:
-            await whole(partial(self._account.charge, job, self._examples, given.task, given.round))
+            self._charged = await whole(partial(self._honest, job, given))
+            await whole(partial(self._account.charge, job, self._examples, given.task, given.round, self._charged))
+
+    def _honest(self, job: Job, given: Assignment) -> int | None:
+        """Return how many sites' shares a round's distributed noise is made of; None where the job has none.
+
+        Raises:
+            PolicyError: no session was set up for the round.
+        """
+        if job.privacy is None or job.privacy.mechanism != "distributed" or job.secure_aggregation is None:
+            return None
+        sessions = self._sessions(job)
+        assert isinstance(sessions, secure.Sessions), "a job has masks or encryption, not both"
+        terms = sessions.terms(given.course, self._site)
+        if terms is None or terms.round != number_of(given.round, "train"):
+            raise PolicyError("No session of secure aggregation was set up for this round. Nothing is trained.")
+        return honest_of(job.secure_aggregation, len(terms.sites))
 
     def _reason(self, given: Assignment, answer: Absent) -> str:
         """Return why there is no update; of a traceback that the worker has written, what the submitter may read."""

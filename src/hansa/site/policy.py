@@ -15,6 +15,7 @@ PolicyError |
 | the site's plug-in gives a reason, or fails | PolicyError with that reason: a site is closed when in doubt |
 | a plan of another job, round, task or seed than announced, or one that leads to other sites' mailboxes | PolicyError |
 | a plan of a round that the job does not have | PolicyError |
+| an update under [privacy] that has metrics beside it, or is longer than the noise is made for | PolicyError |
 | an update of another form than the plan implies, not finite, or not bounded as required | PolicyError; it stays here |
 
 What is checked of an update holds whatever the training code did. What its values say is not checked: who may run
@@ -33,11 +34,12 @@ from hansa import registry
 from hansa.bundle import Bundle, check_code, in_folder, localised_model
 from hansa.core import tree as trees
 from hansa.core import wire
-from hansa.core.config import Job
+from hansa.core.config import Job, PrivacySection
 from hansa.core.tree import Layout
 from hansa.core.values import Header, Plan, Task
 from hansa.errors import HansaError, PolicyError, nearest
 from hansa.homomorphic.protocol import Terms as KeyTerms
+from hansa.privacy.plan import SLACK
 from hansa.secagg.protocol import Terms as MaskTerms
 from hansa.site.settings import DataPaths, Policy, SiteSettings
 from hansa.transport.messages import Assignment
@@ -122,12 +124,20 @@ def _require_privacy(job: Job, settings: SiteSettings) -> None:
             )
     if budget is None and rules.require is None:
         return
-    own = {"strategies": [job.strategy.name], "filters": [item.name for item in job.filters]}
-    for family, names in {**own, "workflows": [job.workflow.name]}.items():
-        if strange := [name for name in names if name not in registry.TABLES[family]]:
-            raise PolicyError(f"This site checks what a job promises, so {strange[0]!r} may not be among its {family}.")
+    if (piece := foreign(job)) is not None:
+        raise PolicyError(f"This site checks what a job promises, so {piece[1]!r} may not be among its {piece[0]}.")
     if job.baselines.local:
         raise PolicyError("baselines.local sends what no noise hides. Set baselines.local = false.")
+
+
+def foreign(job: Job) -> tuple[str, str] | None:
+    """Return the family and name of a piece of a job that is not Hansa's own, its training code apart, or None."""
+    own = {"strategies": [job.strategy.name], "filters": [item.name for item in job.filters]}
+    for family, names in {**own, "workflows": [job.workflow.name]}.items():
+        for name in names:
+            if name not in registry.TABLES[family]:
+                return family, name
+    return None
 
 
 def _require_masks(bundle: Bundle, settings: SiteSettings) -> None:
@@ -204,10 +214,11 @@ def check_hidden(path: Path, plan: Plan, site: str, layout: Mapping[str, Layout]
 
 
 _HIDES: Mapping[str, frozenset[str]] = {
-    "example": frozenset({"central", "local", "dp-sgd", "dp-ftrl"}),
-    "user": frozenset({"central", "local", "dp-ftrl"}),
-    "server": frozenset({"local", "dp-sgd"}),
-    "sites": frozenset({"central", "local", "dp-sgd", "dp-ftrl"}),
+    "example": frozenset({"central", "local", "dp-sgd", "dp-ftrl", "distributed"}),
+    "user": frozenset({"central", "local", "dp-ftrl", "distributed"}),
+    "server": frozenset({"local", "dp-sgd", "distributed"}),
+    "server-and-corrupt": frozenset({"local", "dp-sgd", "distributed"}),
+    "sites": frozenset({"central", "local", "dp-sgd", "dp-ftrl", "distributed"}),
 }
 """Mechanisms by the unit that they hide, and by the adversary that they hide it from."""
 
@@ -286,9 +297,22 @@ def check_update(path: Path, plan: Plan, job: Job, site: str, policy: Policy) ->
                 square = float(np.dot(wide := values.astype(np.float64), wide))
             squares[chunk.part] += square
     if plan.task == "train":
+        if job.privacy is not None:
+            _keep_promise(header, _unweighed(squares, header.weight, job), job.privacy)
         for name, bounds in policy.require_filters.items():
             if name in _PROOFS:
                 _PROOFS[name](bounds, _unweighed(squares, header.weight, job))
+
+
+def _keep_promise(header: Header, norm: float, section: PrivacySection) -> None:
+    """Refuse an update that tells what no noise covers, or that is longer than the noise is made for.
+
+    A clip that adapts is the server's, which is trusted to add the noise; what a site has noised itself has no bound.
+    """
+    if header.sums or header.logged:
+        raise PolicyError("The update has metrics of training beside it, which no noise covers. It was not sent.")
+    if section.mechanism in ("central", "dp-ftrl") and section.adaptive_clip is None:
+        _is_clipped({"max_norm": section.clip * SLACK}, norm)
 
 
 def _check_form(header: Header, num_bytes: int, plan: Plan) -> None:

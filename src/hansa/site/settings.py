@@ -79,9 +79,15 @@ class Resources(Section):
 class PrivacyRules(Section):
     """What must hide the data here. Budgets are tables [privacy.budgets.NAME], NAME as under [data.NAME]."""
 
-    require: list[Literal["central", "local", "dp-sgd", "dp-ftrl"]] | None = Field(
+    require: list[Literal["central", "local", "dp-sgd", "dp-ftrl", "distributed"]] | None = Field(
         None, description="Train only in jobs with one of these mechanisms of [privacy]; any job if left out."
     )
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="The most that one job may spend of ε here, over all its rounds; any amount if left out. Beside "
+        "require, without which a job may promise nothing at all.",
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="At this δ; with epsilon.")
     summed_with: Annotated[int, Field(ge=3)] | None = Field(
         None,
         description="Train only under secure aggregation or homomorphic encryption, in sums of at least so many sites, "
@@ -95,6 +101,12 @@ class PrivacyRules(Section):
         default_factory=dict,
         description="What all jobs together may learn of a data set; every round is charged before it is trained.",
     )
+
+    @pydantic.model_validator(mode="after")
+    def _bound_is_whole(self) -> PrivacyRules:
+        if (self.epsilon is None) != (self.delta is None):
+            raise ValueError("give epsilon and delta, or neither")
+        return self
 
 
 class SiteSettings(Section):
@@ -172,6 +184,8 @@ def commented() -> str:
 _EXAMPLES = {
     "summed_with": 5,
     "key_sites": ["charite"],
+    "epsilon": 4.0,
+    "delta": 1e-5,
     "require": ["dp-sgd", "local"],
     "proxy": "http://proxy.example.org:3128",
     "recipes": ["sequence-classification", "causal-lm"],
