@@ -93,6 +93,7 @@ NEEDED = {
 TABLES = {
     "privacy": config.PrivacySection.model_fields,
     "secure_aggregation": config.SecureAggregationSection.model_fields,
+    "homomorphic_encryption": config.HomomorphicEncryptionSection.model_fields,
     "model": config.ModelSection.model_fields,
     "data": config.DataSection.model_fields,
     "train": config.TrainSection.model_fields,

@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hansa import registry
 from hansa.cli import console
 from hansa.core import config
 from hansa.core import filter as filters
 from hansa.core import tree as trees
-from hansa.core.config import Job
+from hansa.core.config import HomomorphicEncryptionSection, Job
 from hansa.core.fit import Conflict, Piece, Trait, conflicts
 from hansa.core.ports import SiteReport
-from hansa.core.strategy import Steps
+from hansa.core.strategy import Steps, Strategy
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Update
 from hansa.errors import FitError, HansaError, PrivacyError
@@ -32,7 +33,8 @@ from hansa.runs.engine import inspect_all
 from hansa.simulation.engines import open_engine
 from hansa.sinks.text import size
 from hansa.workers.runner import Course
-from hansa.workflows.scatter_gather import wanted
+from hansa.workflows.scatter_gather import expected, wanted
+from hansa.workflows.secure import bounds_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Costs:
         memory: what the server's part needs at its peak: the model before and after the step, twice the state, sums.
         checkpoints: all checkpoints on disk.
         waiting: updates that wait on disk for their turn, at most.
+        error: by how much an element of the encrypted sum of weighed updates may be off, at most; None without one.
+        encrypting_s: to encrypt one update, about, on one core.
     """
 
     asked: int
@@ -59,6 +63,8 @@ class Costs:
     memory: int
     checkpoints: int
     waiting: int
+    error: float | None = None
+    encrypting_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Findings:
     conflicts: Sequence[Conflict]
     costs: Costs | None
     privacy: PrivacyPlan | PrivacyError | None
-    too_few: FitError | None
+    unfit: FitError | None
 
     @property
     def error(self) -> HansaError | None:
@@ -81,7 +87,7 @@ class Findings:
             return self.privacy
         if self.conflicts:
             return FitError("\n".join(str(conflict) for conflict in self.conflicts), job=self.job.name)
-        return self.too_few or refusal(self.job, len(self.sites), self.refused)
+        return self.unfit or refusal(self.job, len(self.sites), self.refused)
 
 
 def check(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -104,6 +110,7 @@ def check(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
 async def _find(job: Job, folder: Path) -> Findings:
     async with open_engine(job, folder) as engine:
         plain = Course(job.name, tuple(engine.sites), job.strategy, tuple(job.filters))
+        unfit = too_few(job, plain)
         pieces = pieces_of(job, engine.traits, plain)
         reports, refused = await inspect_all(engine)
         privacy: PrivacyPlan | PrivacyError | None
@@ -113,7 +120,9 @@ async def _find(job: Job, folder: Path) -> Findings:
             costs = None if refused or not reports else estimate(job, course, pieces, await engine.initial())
         except PrivacyError as error:
             privacy, costs = error, None
-    return Findings(job, reports, refused, pieces, conflicts(pieces), costs, privacy, too_few(job, plain))
+        except FitError as error:
+            unfit, costs = unfit or error, None
+    return Findings(job, reports, refused, pieces, conflicts(pieces), costs, privacy, unfit)
 
 
 def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -> Costs:
@@ -135,6 +144,9 @@ def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -
     if any(Trait.RELAYS in piece.traits for piece in pieces):
         down = up = trees.num_bytes(initial)
     asked = min(wanted(job.cohort.sample, len(course.sites)), len(course.sites))
+    seconds = error = None
+    if job.homomorphic_encryption is not None:
+        up, seconds, error = _encrypted(job.homomorphic_encryption, course, asked, strategy, initial)
     return Costs(
         asked=asked,
         down=down,
@@ -145,7 +157,29 @@ def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -
         memory=2 * (kept + kept_state) + sums,
         checkpoints=(job.output.keep + 2) * (kept + kept_state),
         waiting=asked * (up if strategy.combine is None else up + sums),
+        error=error,
+        encrypting_s=seconds,
     )
+
+
+def _encrypted(
+    section: HomomorphicEncryptionSection, course: Course, asked: int, strategy: Strategy, initial: Tree
+) -> tuple[int, float, float]:
+    """Return the bytes of an encrypted update, the seconds that it takes to make, and the error in a sum of them.
+
+    Raises:
+        PrivacyError: no ciphertext holds the sum.
+        FitError: the job allows no update of that size.
+    """
+    layouts = expected(strategy, initial)
+    shapes = {part: {name: spec.shape for name, spec in layout.items()} for part, layout in layouts.items()}
+    sites = course.sites[: max(asked, section.minimum)]
+    terms_of = registry.load_object("hansa.homomorphic.agreement:terms")
+    bounds = bounds_of(section, course.terms, len(sites))
+    encoding = terms_of(section, bounds, course.name, 2, sites, shapes, strategy.weighed).encoding
+    cost = registry.load_object("hansa.homomorphic.agreement:cost")(encoding.size)
+    error = max(encoding.error(part, name) for part, tree in shapes.items() for name in tree)
+    return cost.num_bytes, cost.seconds, error
 
 
 def _document(found: Findings) -> dict[str, Any]:
@@ -237,4 +271,8 @@ def _cost_table(costs: Costs) -> Table:
     table.add_row("memory of the server's part, about", size(costs.memory))
     table.add_row("disk for checkpoints", size(costs.checkpoints))
     table.add_row("disk for updates that wait, at most", size(costs.waiting))
+    if costs.encrypting_s is not None:
+        table.add_row("time to encrypt an update, about", f"{costs.encrypting_s:.2g} s")
+    if costs.error is not None:
+        table.add_row("error of an element of the sum, at most", f"{costs.error:.2g}")
     return table

@@ -90,6 +90,9 @@ EXAMPLES: Mapping[str, Any] = {
     "privacy.participations": 5,
     "secure_aggregation.step": 1e-6,
     "secure_aggregation.metrics": {"loss_sum": 1e6, "examples": 1e6},
+    "homomorphic_encryption.key_site": "site-a",
+    "homomorphic_encryption.step": 1e-6,
+    "homomorphic_encryption.metrics": {"loss_sum": 1e6, "examples": 1e6},
 }
 """What stands, commented out, at settings that have no default value."""
 

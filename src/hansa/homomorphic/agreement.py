@@ -57,7 +57,7 @@ def check_cost(section: HomomorphicEncryptionSection, elements: int) -> None:
     if found.num_bytes > section.max_bytes:
         raise FitError(
             f"An update of {elements:,} numbers is {found.num_bytes:,} bytes encrypted, for every site and round, and "
-            f"takes about {found.seconds:.0f} s to encrypt; homomorphic_encryption.max_bytes is {section.max_bytes:,}. "
+            f"takes about {found.seconds:.2g} s to encrypt; homomorphic_encryption.max_bytes is {section.max_bytes:,}. "
             "Train a smaller adapter (a lower r, fewer target modules), use [secure_aggregation], whose updates are a "
             "quarter of that or less, or raise the limit."
         )

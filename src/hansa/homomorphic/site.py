@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,17 +168,17 @@ class KeySite:
         place = 0
         for field in terms.encoding.fields:
             mine = values[max(0, place - start) : max(0, place + field.size - start)]
-            if mine.size and int(np.abs(mine).max()) > sites * field.most:
+            place += field.size
+            if mine.size == 0:
+                continue
+            if (field.part, field.name) == (SCALARS, agreement.COUNT):
+                found = math.ldexp(int(mine[0]), -field.exponent)
+                if found != sites:
+                    raise terms.refusal(f"the sum is of {found:g} vectors, said to be of {sites} sites", self._name)
+            elif int(np.abs(mine).max()) > sites * field.most:
                 raise terms.malformed(
                     f"the sum of {field.name!r} of {field.part!r} is more than {sites} sites can put in", self._name
                 )
-            if (field.part, field.name) == (SCALARS, agreement.COUNT) and mine.size:
-                found = int(mine[0]) / 2.0**field.exponent
-                if found != sites:
-                    raise terms.refusal(
-                        f"the sum is of {found:g} vectors, and is said to be of {sites} sites", self._name
-                    )
-            place += field.size
         return values
 
     def finish(self, message: Finish) -> None:

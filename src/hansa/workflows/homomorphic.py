@@ -69,6 +69,12 @@ class Session:
         self.absent: list[Absence] = []
         if cohort.secure is None:
             raise FitError("Homomorphic encryption has no way to the sites here.", job=plan.job)
+        if section.key_site is not None and section.key_site not in cohort.sites:
+            raise FitError(
+                f"homomorphic_encryption.key_site is {section.key_site!r}, which does not take part in the job; these "
+                f"do: {', '.join(cohort.sites)[:200]}.",
+                job=plan.job,
+            )
         self._line, self._cohort = cohort.secure, cohort
         self._plan, self._expected = plan, expected
         state = scratch / f"secure.{plan.job}.{plan.task}.encrypted.state"
@@ -119,6 +125,7 @@ class Session:
         finish = machine.finish()
         found = sum_of(encoding, _again(plain, encoding.dtype, encoding.size), self._expected, machine.survivors)
         found.absent, found.seconds, found.num_bytes = self.absent, seconds, num_bytes
+        del found.metrics[registry.load_object("hansa.homomorphic.agreement:COUNT")]
         await self._line.exchange(self._plan, "finish", {machine.terms.key_site: finish})
         return found
 

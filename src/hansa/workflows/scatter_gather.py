@@ -148,8 +148,9 @@ def _plan(job: Job, strategy: Strategy, now: Snapshot, number: int, asked: Seque
     )
 
 
-def _expected(strategy: Strategy, plan: Plan) -> dict[str, Layout]:
-    layout = trees.layout_of(trees.floating(plan.params))
+def expected(strategy: Strategy, params: Tree) -> dict[str, Layout]:
+    """Return the layout of each part that an update of ``params`` (native dtypes) has."""
+    layout = trees.layout_of(trees.floating(params))
     return {**dict.fromkeys(strategy.weighed, layout), **strategy.extra}
 
 
@@ -165,11 +166,11 @@ async def _gather(
     overdue = {handle.header.site: handle for handle in cohort.late(plan.round)}
     welcome = {site: handle for site, handle in overdue.items() if job.cohort.late == "accept" and site not in asked}
     order = sorted({*asked, *welcome})
-    expected, population = _expected(strategy, plan), len(cohort.sites)
+    layouts, population = expected(strategy, plan.params), len(cohort.sites)
     fold = (
-        Fold(order, expected, strategy.weighed, population, scratch, max_norm=bound, beside=strategy.extra)
+        Fold(order, layouts, strategy.weighed, population, scratch, max_norm=bound, beside=strategy.extra)
         if strategy.combine is None
-        else Stack(strategy.combine, order, expected, population, scratch, max_norm=bound)
+        else Stack(strategy.combine, order, layouts, population, scratch, max_norm=bound)
     )
     gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, population))
     for site, handle in sorted(overdue.items()):
@@ -201,9 +202,9 @@ async def _gather_secretly(
         gathered.absent = [Absence(site, "refused", why) for site in asked]
         gathered.too_few = True
         return gathered
-    expected = _expected(strategy, plan)
+    layouts = expected(strategy, plan.params)
     found = await sums.gather(
-        job.secret_sums, terms_of_job(job), cohort, plan, asked, expected, strategy.weighed, scratch
+        job.secret_sums, terms_of_job(job), cohort, plan, asked, layouts, strategy.weighed, scratch
     )
     gathered.accepted, gathered.absent = list(found.sites), found.absent
     gathered.acknowledge = dict.fromkeys(found.sites, plan.round)
