@@ -296,7 +296,7 @@ def test_a_step_too_fine_and_an_update_too_large_are_refused_with_what_would_do(
     small = SECTION.model_copy(update={"max_bytes": 1_000_000})
     assert terms(20_000, small).num_ciphertexts == 5
     with pytest.raises(
-        FitError, match=r"is 3,276,800 bytes encrypted, .* about 0.062 s to encrypt.*max_bytes is 1,000,000"
+        FitError, match=r"is 3,276,800 bytes encrypted, .* about 0.068 s to encrypt.*max_bytes is 1,000,000"
     ):
         terms(100_000, small)
 
