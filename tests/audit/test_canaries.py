@@ -24,6 +24,10 @@ CASES: dict[str, dict[str, Any]] = {
     "central, sampled": {"privacy": {"mechanism": "central"}, "cohort": {"sample": 0.5}},
     "central, adaptive": {"privacy": {"mechanism": "central", "adaptive_clip": {"noise": 3.0}}},
     "central, masked": {"privacy": {"mechanism": "central"}, "secure_aggregation": {}},
+    "central, encrypted": {
+        "privacy": {"mechanism": "central"},
+        "homomorphic_encryption": {"key_site": "a", "full_model": True},
+    },
     "dp-ftrl": {"privacy": {"mechanism": "dp-ftrl", "separation": 2}},
     "distributed": {"privacy": {"mechanism": "distributed"}, "secure_aggregation": {}},
     "local": {"privacy": {"mechanism": "local"}, "cohort": {"sample": 2}},
@@ -35,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_every_canary_counts_for_one_clip(tmp_path: Path, case: str) -> None:
     values = CASES[case]
     privacy = {"clip": 0.5, "noise_multiplier": FAINT, "delta": 1e-5, **values["privacy"]}
-    count = 12 if "secure_aggregation" in values else 34
+    count = 12 if values.keys() & {"secure_aggregation", "homomorphic_encryption"} else 34
     with opened(job(tmp_path, **{**values, "privacy": privacy, "rounds": 2})) as subject:
         played = canaries.play(subject, count, np.random.default_rng(0), Silent())
     out = -1.0 if case == "local" else 0.0

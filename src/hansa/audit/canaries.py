@@ -63,8 +63,8 @@ NAME = "one-run canaries"
 CANARIES = 800
 """How many coins are thrown; about half of the canaries are in."""
 FEWEST = 32
-MASKED = 64
-"""Canaries whose updates are masked: with more of them, most of the time goes into keys."""
+SUMMED = 64
+"""Canaries whose updates are masked or encrypted: with more of them, most of the time goes into keys."""
 ELEMENTS = 4e9
 """The most numbers that all canaries' updates may have together; there are fewer canaries in a larger model."""
 PUSH = 10.0
@@ -200,8 +200,8 @@ def _number(subject: Subject) -> int:
     size = sum(spec.size for spec in trees.layout_of(trees.floating(subject.params)).values())
     most = [CANARIES, size, int(ELEMENTS / max(1.0, size * plan.terms.rounds * plan.terms.rate))]
     mechanism = plan.terms.section.mechanism
-    if job.secure_aggregation is not None and mechanism in ("central", "distributed"):
-        most.append(MASKED)
+    if job.secret_sums is not None and mechanism not in ("local", "dp-sgd"):
+        most.append(SUMMED)
     if mechanism == "dp-sgd":
         most.append(fewest_examples(subject))
     return min(most)
@@ -329,8 +329,10 @@ def _play_rounds(subject: Subject, directions: Directions, included: Coins, prog
     if local or section.mechanism == "distributed":  # accounted for as if everybody took part in every round
         cohort["sample"] = 1.0
     changed: dict[str, Any] = {"cohort": job.cohort.model_copy(update=cohort)}
-    if local:  # what is promised of each update does not rest on masks
-        changed["secure_aggregation"] = None
+    if local:  # what is promised of each update does not rest on sums
+        changed |= {"secure_aggregation": None, "homomorphic_encryption": None}
+    elif job.homomorphic_encryption is not None:
+        changed["homomorphic_encryption"] = job.homomorphic_encryption.model_copy(update={"key_site": None})
     job = job.model_copy(update=changed)
     push = PUSH * (1.0 if section.adaptive_clip else section.clip)
     program = _Sites(directions, included, {True: push, False: -push if local else 0.0}, section.weight_cap or 1.0)

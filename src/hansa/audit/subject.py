@@ -7,7 +7,7 @@ server's rule is given (under a privacy plan: the noised sums), and the model th
 
 | case | result |
 |---|---|
-| a job with masks | ``seen`` gets masked vectors, ``released`` their sum |
+| a job with masks, or encrypted updates | ``seen`` gets those, ``released`` their sum in the clear |
 | a workflow whose sites send nothing to the server | ``seen`` and ``released`` are never called |
 | a finished run | its final model is attacked, with the data of the sites that are reachable from here |
 | a job that can't run | the error that ``hansa check`` gives |
@@ -126,6 +126,8 @@ class Subject:
             found.append(f"{terms.section.mechanism}, clip {terms.section.clip:g}, noise {terms.noise_multiplier:.3g}")
         if self.job.secure_aggregation is not None:
             found.append("masked")
+        if self.job.homomorphic_encryption is not None:
+            found.append("encrypted")
         if self.job.filters:
             found.append("filters: " + ", ".join(item.name for item in self.job.filters))
         return "; ".join(found) or "no protection"
@@ -181,7 +183,7 @@ class Subject:
     def _course(self, program: Program) -> Course:
         job = self.job
         sites = tuple(sorted(program.sites))
-        return Course(job.name, sites, job.strategy, tuple(job.filters), terms_of_job(job), job.secure_aggregation)
+        return Course(job.name, sites, job.strategy, tuple(job.filters), terms_of_job(job), job.secret_sums)
 
     def check(self) -> None:
         """Raise what keeps the job from running, if anything does."""
