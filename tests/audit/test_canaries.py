@@ -15,7 +15,7 @@ from hansa.audit.subject import opened
 from hansa.core import tree as trees
 from hansa.errors import HansaError
 from hansa.runs.progress import Silent
-from tiny import rows
+from tiny import BERT, rows
 
 FAINT = 1e-3
 CASES: dict[str, dict[str, Any]] = {
@@ -50,12 +50,14 @@ def test_every_canary_counts_for_one_clip(tmp_path: Path, case: str) -> None:
     assert 0 < played.included.sum() < count
 
 
-def test_dp_sgd_s_canaries_are_in_the_batches_that_are_drawn(tmp_path: Path) -> None:
-    lines = [{"features": [1.0] * 4, "label": str(i % 2)} for i in range(60)]
+@pytest.mark.parametrize("recipe", ["tabular-classification", "sequence-classification"])
+def test_dp_sgd_s_canaries_are_in_the_batches_that_are_drawn(tmp_path: Path, recipe: str) -> None:
+    lines = [{"features": [1.0] * 4, "text": "ab", "label": str(i % 2)} for i in range(60)]
+    own = {"recipe": recipe, "model": BERT} if recipe == "sequence-classification" else {}
     plan = {"mechanism": "dp-sgd", "clip": 0.5, "noise_multiplier": FAINT, "delta": 1e-5, "accountant": "rdp"}
     one = {"train": {"a": rows(tmp_path / "one.jsonl", lines)}, "labels": ["0", "1"]}
     steps = {"steps": 20, "batch_size": 24, "lr": 0.1, "optimizer": "sgd"}
-    with opened(job(tmp_path, privacy=plan, data=one, train=steps)) as subject:
+    with opened(job(tmp_path, privacy=plan, data=one, train=steps, **own)) as subject:
         rate = subject.plan.terms.rate
         played = canaries.play(subject, 34, np.random.default_rng(0), Silent())
     assert played.signals.shape == (40, 34)

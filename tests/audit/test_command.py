@@ -24,6 +24,7 @@ NOISED = {"mechanism": "central", "clip": 0.5, "noise_multiplier": 2.0, "delta":
 def audit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Return what audits a job over three small sites, with canaries."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hansa.audit.canaries.CANARIES", 800)
 
     def call(*words: str, **job: Any) -> Result:
         recipe = {"name": "tabular-classification", "inputs": 4, "hidden": [160]}
@@ -57,6 +58,7 @@ def test_a_sound_mechanism_holds_and_is_reported(audit: Any, tmp_path: Path) -> 
     assert 0.8 < suggested["value"] < 3.4, "the best guess is of the right size"
     page = (tmp_path / "runs" / "audited-audit" / "audit.html").read_text()
     assert page.count("<svg") == 2
+    assert "http" not in page, "it opens without a network"
     assert finding["says"] in page.replace("&#39;", "'")
 
 

@@ -60,13 +60,15 @@ from hansa.runs.progress import Progress
 
 NAME = "one-run canaries"
 
-CANARIES = 800
-"""How many coins are thrown; about half of the canaries are in."""
+CANARIES = 3200
+"""How many coins are thrown at most; about half of the canaries are in."""
 FEWEST = 32
 SUMMED = 64
 """Canaries whose updates are masked or encrypted: with more of them, most of the time goes into keys."""
-ELEMENTS = 4e9
-"""The most numbers that all canaries' updates may have together; there are fewer canaries in a larger model."""
+UPDATES, ELEMENTS = 6e4, 4e9
+"""The most updates of all canaries together, and numbers in them: a minute's work. Larger jobs have fewer canaries."""
+ENOUGH = 200
+"""Canaries that there are whatever they cost."""
 PUSH = 10.0
 """How far an update goes before it is clipped, in clips."""
 
@@ -198,7 +200,8 @@ def _number(subject: Subject) -> int:
     job, plan = subject.job, subject.plan
     assert plan is not None, "a promise is what is audited"
     size = sum(spec.size for spec in trees.layout_of(trees.floating(subject.params)).values())
-    most = [CANARIES, size, int(ELEMENTS / max(1.0, size * plan.terms.rounds * plan.terms.rate))]
+    each = max(1.0, plan.terms.rounds * plan.terms.rate)
+    most = [CANARIES, size, max(ENOUGH, int(UPDATES / each)), max(ENOUGH, int(ELEMENTS / (size * each)))]
     mechanism = plan.terms.section.mechanism
     if job.secret_sums is not None and mechanism not in ("local", "dp-sgd"):
         most.append(SUMMED)
