@@ -30,6 +30,7 @@ from pathlib import Path
 import psutil
 
 from hansa.core import config
+from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.lab import SERVER, Lab, lab
 from hansa.pki.kit import Kit
@@ -49,6 +50,7 @@ def job_of(arguments: argparse.Namespace, folder: Path) -> Job:
             "sites": arguments.sites,
             "mib": arguments.mib,
             "tensor_mib": arguments.tensor_mib,
+            "numbers": arguments.numbers,
         },
         "evaluation": {"every": 0},
         "baselines": {"base": False, "local": False},
@@ -213,11 +215,11 @@ def rounds(arguments: argparse.Namespace, folder: Path) -> None:
             raise SystemExit(f"The job {view.line.state}: {view.line.error}")
         for link in links:
             link.close()
-    times = [end - begun for begun, end in pairwise(ends)]
+    first = view.records[0]["seconds"]
+    times = [end - begun for begun, end in pairwise(ends)] or [first]
     moved = sum(record["bytes_down"] + record["bytes_up"] for record in view.records) / len(view.records)
     median = statistics.median(times)
-    first = view.records[0]["seconds"]
-    print(f"{arguments.mib:g} MiB, {arguments.sites} sites, {len(times)} rounds after the first; seconds a round:")
+    print(f"{arguments.mib:g} MiB, {arguments.sites} sites, {len(ends) - 1} rounds after the first; seconds a round:")
     print(f"  median {median:.3f}, least {min(times):.3f}, most {max(times):.3f} (the first: {first:.3f})")
     print(f"  {moved / median / 1e9:.2f} GB/s to and from all sites")
     if arguments.mbit:
@@ -293,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--mib", type=float, default=256.0)
     parser.add_argument("--tensor-mib", type=float, default=64.0)
+    parser.add_argument("--numbers", type=int, default=trees.BLOCK)
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--delay-ms", type=float, default=0.0)

@@ -3,6 +3,9 @@
 measured is the federation. Tensors are generated a block at a time, and no memory holds them.
 
     recipe = { name = "synthetic:build", sites = 4, mib = 256, tensor_mib = 64 }
+
+``numbers`` says how many random numbers there are before they repeat: with a few, a disk that compresses holds a model
+that it would else have no room for.
 """
 
 from __future__ import annotations
@@ -28,15 +31,16 @@ class Synthetic:
 
     traits = frozenset({Trait.STEPWISE})
 
-    def __init__(self, sites: int, mib: float, tensor_mib: float = 64) -> None:
+    def __init__(self, sites: int, mib: float, tensor_mib: float = 64, numbers: int = trees.BLOCK) -> None:
         width = len(str(sites))
         self.sites = tuple(f"site-{i:0{width}d}" for i in range(1, sites + 1))
         self._mib = mib
         self._tensor_mib = min(tensor_mib, mib)
+        self._numbers = numbers
 
     def initial(self) -> Tree:
         size = round(self._tensor_mib * (1 << 20)) // 4
-        pattern = np.random.default_rng(0).normal(size=trees.BLOCK).astype(np.float32)
+        pattern = np.resize(np.random.default_rng(0).normal(size=self._numbers).astype(np.float32), trees.BLOCK)
         leaf = Leaf((size,), pattern.dtype, lambda start, stop, memo: pattern[: stop - start])
         return trees.Lazy({f"layer.{i:04d}": leaf for i in range(max(1, round(self._mib / self._tensor_mib)))})
 

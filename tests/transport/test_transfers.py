@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
@@ -20,11 +19,11 @@ import pytest
 
 from hansa.errors import AccessError, ChecksumError, JobError, StorageError, UnreachableError, WireError
 from hansa.pki.identity import Identity
-from hansa.transport import client, messages, protocol
+from hansa.transport import budget, client, messages, protocol
 from hansa.transport.client import Connection
 from hansa.transport.messages import Get, Offer
 from hansa.transport.pieces import PIECE_BYTES, Incoming, Manifest, describe
-from hansa.transport.server import LANES, Destination, Server, serve
+from hansa.transport.server import Destination, Server, serve
 from relay import Relay, relay
 
 from .conftest import Depot, Dial, Federation
@@ -465,7 +464,8 @@ async def test_many_gaps_are_asked_for_in_turn(
 async def test_a_slow_disk_holds_the_network_back(
     dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one end can not write, the other is asked for a bounded number of pieces, and all of them arrive later."""
+    """While one end can not write, the other is asked for a window of pieces, and all of them arrive later."""
+    monkeypatch.setattr(client, "WINDOW_BYTES", 8 << 20)
     manifest = depot.put(file)
     released, writing = threading.Event(), []
     write = Incoming.write
@@ -524,17 +524,16 @@ async def test_a_large_transfer_leaves_no_connection_behind(
 
 
 async def test_slow_sites_take_up_nobodys_turn(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
-    """As many uploads as there are lanes stand still; another upload and a download get through meanwhile."""
+    """An upload that was granted as much as there is stands still; others get through meanwhile."""
     manifest = describe(file)
-    told = [Offer("j", f"slow-{n}", manifest.digest, len(manifest.encode())) for n in range(LANES)]
+    offer = Offer("j", "slow", manifest.digest, len(manifest.encode()))
     other = tmp_path / "other"
     other.write_bytes(file.read_bytes()[::-1])
-    async with contextlib.AsyncExitStack() as stack, dial() as connection:
-        for offer in told:
-            call = await stack.enter_async_context(connection._stream("Upload"))
-            await call.write(protocol.encode(offer))
-            await call.write(manifest.encode())
-            assert protocol.decode(messages.Wanted, await call.read()).ranges, "it has its turn"
+    async with dial() as connection, connection._stream("Upload") as call:
+        await call.write(protocol.encode(offer))
+        await call.write(manifest.encode())
+        assert protocol.decode(messages.Wanted, await call.read()).ranges
+        assert protocol.decode(messages.Grant, await call.read()).pieces == budget.PIECES
         async with asyncio.timeout(40):
             await connection.upload("j", "t", other, describe(other))
             await connection.download("j", depot.put(other).digest, tmp_path / "back")

@@ -241,6 +241,12 @@ class Wanted(Message):
     ranges: list[tuple[Count, Count]]
 
 
+class Grant(Message):
+    """How many more of the wanted pieces may be sent now."""
+
+    pieces: Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+
+
 # Users
 
 

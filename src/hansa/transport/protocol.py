@@ -5,10 +5,10 @@ Each request type is a gRPC method of its name: ``/hansa.Federation/AskAgenda``.
 (https://github.com/msgpack/msgpack/blob/master/spec.md). Files take two streams:
 
     Download   client: Get                                 server: beat* · manifest or pieces
-    Upload     client: Offer · manifest · pieces           server: beat* · Wanted · beat* · Done
+    Upload     client: Offer · manifest · pieces           server: beat* · Wanted · (beat | Grant)* · Done
 
 A beat is an empty frame: "I am busy with this". A manifest comes in frames of at most 1 MiB. A piece's frame is its
-index (u32, little-endian) and its bytes.
+index (u32, little-endian) and its bytes. Of an upload no more pieces come than were granted.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ an error of :mod:`hansa.errors` in a handler     travels, and is raised again at
 any other error in a handler                     logged with an id; the client is told the id and nothing else
 too many calls at once by one peer               refused; the client waits and tries again
 an upload that is not allowed, or too large      refused before its manifest is read, or before a piece is written
-an upload that stands still                      ended after ``stall_s``; what has arrived stays
-many uploads at once                             taken in turns; a slow one takes up nobody's turn
+a transfer that stands still                     ended after ``stall_s``; of an upload, what has arrived stays
+many transfers at once                           share one budget of memory; see `hansa.transport.budget`
+pieces that come before they were granted        wait unread; a call holds a window of them at most
 ===============================================  ================================================================
 """
 
@@ -43,6 +44,7 @@ from hansa.errors import AccessError, HansaError, StorageError, UnreachableError
 from hansa.pki.identity import Identity
 from hansa.pki.kit import Kit
 from hansa.transport import protocol
+from hansa.transport.budget import Budget
 from hansa.transport.messages import (
     CALLS,
     PROTOCOL,
@@ -51,6 +53,7 @@ from hansa.transport.messages import (
     Done,
     Follow,
     Get,
+    Grant,
     JobEvent,
     Message,
     Offer,
@@ -67,12 +70,8 @@ STALL_S = 60.0
 PATROL_S = 1.0
 AHEAD = 2
 """Pieces of a stream that are read or written while another is on the network."""
-WINDOW_BYTES = 4 << 20
-"""What an upload may have under way, so what a round trip carries; it fills up only where the server is the slower."""
-LANES = 4
-"""Transfers that move at once: memory does not grow with those that wait."""
-SLOW_BYTES_PER_S = 16 << 20
-"""A transfer slower than this waits for its link, not for the server: it goes on without a lane."""
+WINDOW_BYTES = 48 << 20
+"""More than an upload is ever granted, so that the budget alone says what is under way."""
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ class Server:
         self._expelled: dict[asyncio.Task[Any], HansaError] = {}
         self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
         self._configuration: tuple[bytes, ...] = ()
-        self._lanes = asyncio.Semaphore(LANES)
+        self._budget = Budget()
         self._server: Any = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -324,16 +323,27 @@ class Server:
             return protocol.frame(index, read_piece(descriptor, manifest, index, path))
 
         num_bytes = 0
+        index = next(indices, None)
+
+        def begin() -> None:
+            nonlocal index, num_bytes
+            assert index is not None, "there are more"
+            ahead.begin(partial(load, index))
+            num_bytes += manifest.pieces[index][0]
+            index = next(indices, None)
+
         try:
-            async with self._lane(context) as moved, ThreadGroup[bytes](self._threads) as ahead:
-                for index in indices:
-                    ahead.begin(partial(load, index))
-                    if len(ahead) > AHEAD:
-                        await context.write(await ahead.next())
-                    moved(manifest.pieces[index][0])
-                    num_bytes += manifest.pieces[index][0]
-                while ahead:
-                    await context.write(await ahead.next())
+            with self._budget.share(caller.member) as share:
+                async with ThreadGroup[bytes](self._threads) as ahead:
+                    while index is not None or ahead:
+                        while index is not None and len(ahead) <= AHEAD and share.grab(1):
+                            begin()
+                        if not ahead:
+                            await _beating(context, share.wait())
+                            begin()
+                        with share.stands(share.held):
+                            await self._write(context, await ahead.next())
+                        share.give()
         finally:
             os.close(descriptor)
             self._handlers.sent(caller, num_bytes)
@@ -355,25 +365,37 @@ class Server:
         while len(data) < offer.manifest_bytes:
             data += await self._read(context)
         async with self._arriving(context, offer, place, data) as (incoming, threads):
-            await self._take_pieces(context, incoming, threads)
+            await self._take_pieces(caller, context, incoming, threads)
             await _beating(context, threads.do(incoming.finish))
             await _beating(context, self._handlers.received(caller, offer, incoming))
         await context.write(protocol.encode(Done()))
 
-    async def _take_pieces(self, context: _Context, incoming: Incoming, threads: ThreadGroup[None]) -> None:
+    async def _take_pieces(
+        self, caller: Identity, context: _Context, incoming: Incoming, threads: ThreadGroup[None]
+    ) -> None:
         """Ask for the pieces that are missing, and write them as they come."""
         ranges = await threads.do(incoming.missing)
-        async with self._lane(context) as moved:
-            await context.write(protocol.encode(Wanted(ranges)))
-            for _ in range(sum(end - begin for begin, end in ranges)):
-                index, payload = protocol.unframe(await self._read(context))
-                moved(len(payload))
-                threads.begin(partial(incoming.write, index, payload))
-                del payload
-                if len(threads) > AHEAD:
+        await context.write(protocol.encode(Wanted(ranges)))
+        left = sum(end - begin for begin, end in ranges)
+        coming = 0
+        with self._budget.share(caller.member) as share:
+            while left or coming or threads:
+                more = share.grab(left) if 4 * coming <= 3 * share.size else 0
+                if left and not (more or coming or threads):
+                    await _beating(context, share.wait())
+                    more = 1
+                if more:
+                    await context.write(protocol.encode(Grant(more)))
+                    left, coming = left - more, coming + more
+                if coming:
+                    with share.stands(coming):
+                        index, payload = protocol.unframe(await self._read(context))
+                    coming -= 1
+                    threads.begin(partial(incoming.write, index, payload))
+                    del payload
+                if threads and (len(threads) > AHEAD or not coming):
                     await threads.next()
-            while threads:
-                await threads.next()
+                    share.give()
         if incoming.num_bytes_missing:
             raise WireError("An upload ended before all its pieces had come.")
 
@@ -394,45 +416,6 @@ class Server:
             async with ThreadGroup[None](self._threads) as threads:
                 yield await _beating(context, threads.do(begin)), threads
 
-    @contextlib.asynccontextmanager
-    async def _lane(self, context: _Context) -> AsyncIterator[Callable[[int], None]]:
-        """Wait for a lane; the body tells how many bytes have moved, and a slow one gives its lane away."""
-        acquiring = asyncio.ensure_future(self._lanes.acquire())
-        try:
-            await _beating(context, acquiring)
-        except BaseException:  # let go of what was begun; raised again
-            if acquiring.done() and not acquiring.cancelled():
-                self._lanes.release()
-            raise
-        held = True
-        total = 0
-
-        def moved(num_bytes: int) -> None:
-            nonlocal total
-            total += num_bytes
-
-        def give() -> None:
-            nonlocal held
-            if held:
-                held = False
-                self._lanes.release()
-
-        async def watch() -> None:
-            before = 0
-            while True:
-                await asyncio.sleep(1.0)
-                if total - before < SLOW_BYTES_PER_S:
-                    give()
-                    return
-                before = total
-
-        watching = asyncio.create_task(watch())
-        try:
-            yield moved
-        finally:
-            watching.cancel()
-            give()
-
     async def _read(self, context: _Context) -> bytes:
         try:
             async with asyncio.timeout(self._stall_s):
@@ -443,6 +426,13 @@ class Server:
             raise WireError("A call ended before all of it had been said.")
         assert isinstance(data, bytes)
         return data
+
+    async def _write(self, context: _Context, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await context.write(data)
+        except TimeoutError:
+            raise UnreachableError(f"Nothing was taken for {self._stall_s:g} s; the call was ended.") from None
 
 
 async def serve(handlers: Handlers, kit: Kit, host: str, port: int, *, stall_s: float = STALL_S) -> Server:
