@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from hansa.errors import AccessError, ChecksumError, JobError, StorageError, UnreachableError, WireError
-from hansa.pki.identity import Identity
+from hansa.pki.identity import Identity, Role
 from hansa.transport import budget, client, messages, protocol
 from hansa.transport.client import Connection
 from hansa.transport.messages import Get, Offer
@@ -523,18 +524,32 @@ async def test_a_large_transfer_leaves_no_connection_behind(
         assert states == [grpc.ChannelConnectivity.READY] + 2 * [grpc.ChannelConnectivity.SHUTDOWN]
 
 
-async def test_slow_sites_take_up_nobodys_turn(dial: Dial, depot: Depot, file: Path, tmp_path: Path) -> None:
-    """An upload that was granted as much as there is stands still; others get through meanwhile."""
+async def test_slow_sites_take_up_nobodys_turn(
+    federation: Federation, server: Server, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many sites as there are lanes stand still, granted all that there is; another one gets through meanwhile."""
+    monkeypatch.setattr(budget, "TURN_S", 0.2)
     manifest = describe(file)
     offer = Offer("j", "slow", manifest.digest, len(manifest.encode()))
     other = tmp_path / "other"
     other.write_bytes(file.read_bytes()[::-1])
-    async with dial() as connection, connection._stream("Upload") as call:
-        await call.write(protocol.encode(offer))
-        await call.write(manifest.encode())
-        assert protocol.decode(messages.Wanted, await call.read()).ranges
-        assert protocol.decode(messages.Grant, await call.read()).pieces == budget.PIECES
+    kits = [federation.kit(Role.SITE, name) for name in ("lund", "visby", "kiel")]
+    federation.tell(federation.server)
+    async with contextlib.AsyncExitStack() as stack:
+        granted = 0
+        *slow, fast = [
+            await stack.enter_async_context(Connection(kit, f"127.0.0.1:{server.port}", proxy="")) for kit in kits
+        ]
+        assert len(slow) == budget.LANES
+        for connection in slow:
+            call = await stack.enter_async_context(connection._stream("Upload"))
+            await call.write(protocol.encode(offer))
+            await call.write(manifest.encode())
+            assert protocol.decode(messages.Wanted, await call.read()).ranges
+            if not granted:
+                granted = protocol.decode(messages.Grant, await call.read()).pieces
+        assert granted == budget.PIECES
         async with asyncio.timeout(40):
-            await connection.upload("j", "t", other, describe(other))
-            await connection.download("j", depot.put(other).digest, tmp_path / "back")
+            await fast.upload("j", "t", other, describe(other))
+            await fast.download("j", depot.put(other).digest, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == other.read_bytes()

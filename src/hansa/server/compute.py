@@ -107,7 +107,9 @@ class Compute:
         if self._max_model_bytes is not None and num_bytes > self._max_model_bytes:
             path.unlink()
             raise PolicyError(f"The model has {num_bytes:,} bytes; this server allows {self._max_model_bytes:,}.")
-        return wire.open_parts(path)[1]["params"]
+        params = wire.open_parts(path)[1]["params"]
+        path.unlink()  # it is held open where it is large; a model's space is then free as soon as it was read
+        return params
 
     async def export(self, params: Tree, directory: Path) -> None:
         """Write a usable model with ``params`` to ``directory``."""

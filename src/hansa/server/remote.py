@@ -145,13 +145,8 @@ class Remote:
 
     async def initial(self) -> Tree:
         """Return the parameters that training starts from."""
-        path = self._directory / "initial.hansa"
-        params = await self._compute.initial(path)
-        try:
-            await asyncio.to_thread(self.allow, 0, trees.num_bytes(params), 0)
-        except HansaError:
-            path.unlink(missing_ok=True)
-            raise
+        params = await self._compute.initial(self._directory / "initial.hansa")
+        await asyncio.to_thread(self.allow, 0, trees.num_bytes(params), 0)
         return params
 
     async def inspect(self, site: str) -> SiteReport:

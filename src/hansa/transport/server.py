@@ -341,8 +341,7 @@ class Server:
                         if not ahead:
                             await _beating(context, share.wait())
                             begin()
-                        with share.stands(share.held):
-                            await self._write(context, await ahead.next())
+                        await self._write(context, await ahead.next())
                         share.give()
         finally:
             os.close(descriptor)
@@ -388,8 +387,7 @@ class Server:
                     await context.write(protocol.encode(Grant(more)))
                     left, coming = left - more, coming + more
                 if coming:
-                    with share.stands(coming):
-                        index, payload = protocol.unframe(await self._read(context))
+                    index, payload = protocol.unframe(await self._read(context))
                     coming -= 1
                     threads.begin(partial(incoming.write, index, payload))
                     del payload
