@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
+import queue
+import socket
 import statistics
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
+from multiprocessing.connection import Connection as PipeConnection
 from pathlib import Path
 
 import psutil
@@ -116,70 +119,62 @@ def anonymous(pid: int) -> int:
 
 
 class SlowLink:
-    """A relay that passes each connection's bytes on after a delay, and no faster than a rate, each way."""
+    """A relay that passes each connection's bytes on after a delay, and no faster than a rate, each way.
+
+    It is a process of its own: among the threads that sample memory it would be the slower one.
+    """
 
     def __init__(self, port: int, delay_s: float, bytes_per_s: float) -> None:
-        self.port = 0
-        self._target = port
-        self._delay_s = delay_s
-        self._rate = bytes_per_s
-        self._loop = asyncio.new_event_loop()
-        self._end = asyncio.Event()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
-        self._thread.start()
-        self._ready.wait()
-
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=8 * MIB)
-        self.port = server.sockets[0].getsockname()[1]
-        self._ready.set()
-        async with server:
-            await self._end.wait()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target, limit=8 * MIB)
-        except OSError:  # the server is being started again
-            writer.close()
-            return
-        await asyncio.gather(self._pass(reader, far_writer), self._pass(far_reader, writer))
-
-    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        """Hold what a link of this delay and rate would: bytes on their way, and no more."""
-        waiting: deque[tuple[float, bytes]] = deque()
-        space = asyncio.Semaphore(max(2, round(2 * self._delay_s * self._rate / 65536)))
-        arrived = asyncio.Event()
-
-        async def deliver() -> None:
-            while True:
-                await arrived.wait()
-                arrived.clear()
-                while waiting:
-                    when, data = waiting.popleft()
-                    await asyncio.sleep(max(0.0, when - time.monotonic()))
-                    sink.write(data)
-                    await sink.drain()
-                    space.release()
-
-        delivering = asyncio.create_task(deliver())
-        free_at = time.monotonic()
-        try:
-            while data := await source.read(65536):
-                free_at = max(free_at, time.monotonic()) + len(data) / self._rate
-                await asyncio.sleep(max(0.0, free_at - time.monotonic() - 0.005))
-                await space.acquire()
-                waiting.append((free_at + self._delay_s, data))
-                arrived.set()
-        except OSError:
-            pass
-        finally:
-            delivering.cancel()
-            sink.close()
+        context = multiprocessing.get_context("spawn")
+        told, tells = context.Pipe(duplex=False)
+        self._process = context.Process(target=relay, args=(port, delay_s, bytes_per_s, tells), daemon=True)
+        self._process.start()
+        self.port: int = told.recv()
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(1.0)
+        self._process.terminate()
+        self._process.join()
+
+
+def relay(target: int, delay_s: float, bytes_per_s: float, tells: PipeConnection) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    tells.send(listener.getsockname()[1])
+    while True:
+        near = listener.accept()[0]
+        try:
+            far = socket.create_connection(("127.0.0.1", target))
+        except OSError:  # the server is being started again
+            near.close()
+            continue
+        for source, sink in ((near, far), (far, near)):
+            source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            waiting: queue.Queue[tuple[float, bytes]] = queue.Queue(4096)
+            threading.Thread(target=take, args=(source, waiting, delay_s, bytes_per_s), daemon=True).start()
+            threading.Thread(target=deliver, args=(sink, waiting), daemon=True).start()
+
+
+def take(source: socket.socket, waiting: queue.Queue[tuple[float, bytes]], delay_s: float, bytes_per_s: float) -> None:
+    """Read no faster than the link is; what was read is on its way for the delay."""
+    free_at = time.monotonic()
+    data = b"-"
+    while data:
+        try:
+            data = source.recv(1 << 18)
+        except OSError:
+            data = b""
+        free_at = max(free_at, time.monotonic()) + len(data) / bytes_per_s
+        waiting.put((free_at + delay_s, data))
+        time.sleep(max(0.0, free_at - time.monotonic()))
+
+
+def deliver(sink: socket.socket, waiting: queue.Queue[tuple[float, bytes]]) -> None:
+    data = b"-"
+    with suppress(OSError):
+        while data:
+            when, data = waiting.get()
+            time.sleep(max(0.0, when - time.monotonic()))
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
 
 
 def behind(federation: Lab, link: SlowLink) -> None:
