@@ -55,13 +55,15 @@ async def attended(federation: Loopback, **rules) -> None:
 
 
 async def test_the_model_is_that_of_a_simulation_and_one_site_had_the_key(tmp_path):
+    """Updates are files of several pieces, and the sum is opened in two parts."""
+    large = {"size": 140_000, "varied": True}
     async with loopback(tmp_path, SITES) as federation:
         await attended(federation)
-        asked = job(rounds=2, baselines={"base": True, "local": False})
+        asked = job(recipe=large, baselines={"base": True, "local": False})
         async with federation.lead() as lead:
             id = await lead.submit(asked)
             view = await lead.wait(id)
-        await equals_a_simulation(tmp_path, federation, view, rounds=2)
+        await equals_a_simulation(tmp_path, federation, view, recipe=large)
         for record in view.records:
             assert record["accepted"] == list(SITES)
             assert record["site_metrics"] == {}

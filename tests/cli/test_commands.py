@@ -157,6 +157,7 @@ MODEL = 4 * 8 + 8
         ({"strategy": "scaffold"}, MODEL + 32, 64),
         ({"filters": [{"name": "cast", "dtype": "float16"}]}, MODEL, 8),
         ({"workflow": "cyclic"}, MODEL, MODEL),
+        ({"homomorphic_encryption": {"full_model": True}, "baselines": {"local": False}}, MODEL, 8 * 2 * 8192),
     ],
 )
 def test_check_knows_the_bytes_that_a_round_sends(hansa, folder, values, down, up):
@@ -168,6 +169,19 @@ def test_check_knows_the_bytes_that_a_round_sends(hansa, folder, values, down, u
     record = run.records[0]
     assert record["bytes_down"] == 3 * down
     assert record["bytes_up"] == 3 * up
+
+
+def test_check_tells_what_encryption_costs_and_refuses_what_is_too_large(hansa, folder):
+    section = {"full_model": True, "step": 1e-4}
+    recipe, baselines = {"name": "toys:build", "size": 10_000}, {"local": False}
+    job = shell.job_file(folder, recipe=recipe, homomorphic_encryption=section, baselines=baselines)
+    costs = hansa("check", job, "--json").json["costs"]
+    assert costs["encrypting_s"] == pytest.approx(3 * 2.7e-3)
+    assert 0 < costs["error"] <= 3 * 1e-4 / 2
+    refused = hansa("check", job, "--set", "homomorphic_encryption.max_bytes=300000")
+    assert refused.code == 5
+    assert "is 393,216 bytes encrypted" in refused.err
+    assert hansa("check", job, "--set", "homomorphic_encryption.full_model=false").code == 5
 
 
 def test_check_estimates_the_servers_memory_and_disk(hansa, folder):

@@ -36,7 +36,7 @@ sites work the :class:`Terms` out from the job.
 | a sum of fewer or more ciphertexts than of the sites it is said to be of, by a server's mistake | PrivacyError |
 | what decrypts to no integers, or to more than so many sites can put in | WireError; nothing of it is shown |
 | an older session than the one before; a session after its end | PrivacyError |
-| a key site that lost its folder | another key; a server that sees it has the sites encrypt again |
+| a key site that lost its folder between offer and end | the round can't be opened, by anybody |
 
 **Not promised.** A server and a key site that work together read every update: that is what the key is for. A server
 that lies can hand the key site something else than the sum, one site's ciphertext with numbers added to it, say, and
