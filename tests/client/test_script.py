@@ -24,7 +24,6 @@ import hansa.client as flare
 from hansa.client import script as api
 from hansa.client.link import Link
 from hansa.core.config import load, parse
-from hansa.core.ports import EVERYONE
 from hansa.core.values import Plan
 from hansa.errors import DataError, FitError, HansaError, JobError, ModelError, QuorumError, SiteError
 from hansa.recipes import script
@@ -273,8 +272,6 @@ def test_jobs_that_can_not_be(tmp_path):
     refused("SystemExit: 2", ModelError, model={"factory": "m.py:stop"})
     with pytest.raises(DataError, match="no data file"):
         script.build(a_job(tmp_path, sites=None, data={"train": {"a": "no.csv"}})).inspect("a")
-    with pytest.raises(JobError, match="no central baseline"):
-        script.build(a_job(tmp_path)).train(EVERYONE, Plan("own", 1, "train", 0, {}), None)
 
 
 def test_factories_are_seeded_by_the_job(tmp_path):

@@ -29,7 +29,7 @@ from hansa.core.values import Plan
 from hansa.errors import FitError, JobError, MissingExtraError, ModelError, PrivacyError
 from hansa.privacy.plan import SLACK, Terms, plan_of
 from hansa.privacy.steps import NoisySteps, noisy_steps
-from hansa.runs.carrier import pieces_of
+from hansa.runs.pieces import pieces_of
 from hansa.strategies.fedprox import fedprox
 from hansa.strategies.scaffold import scaffold
 from hansa.workers.runner import Course

@@ -131,7 +131,6 @@ def test_each_sites_terms_of_dp_sgd_are_its_own() -> None:
 @pytest.mark.parametrize(
     ("privacy", "values", "message"),
     [
-        ({"mechanism": "central", "noise_multiplier": 1.0}, {"cohort": {"sample": 10}}, "cohort.sample = 10 draws"),
         ({"mechanism": "central", "noise_multiplier": 1.0, "unit": "example"}, {}, "does not hide one example"),
         ({"mechanism": "dp-sgd", "noise_multiplier": 1.0, "unit": "user"}, {"examples": 9}, "does not hide one user"),
         ({"mechanism": "dp-sgd", "noise_multiplier": 1.0}, {}, "none is known here"),

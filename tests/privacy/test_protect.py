@@ -303,7 +303,7 @@ def test_an_update_above_the_clip_is_rejected_whatever_its_site_says(tmp_path, m
     [
         ({"workflow": "cyclic"}, "whole model leaves each site"),
         ({"strategy": "scaffold"}, "share one bound"),
-        ({"cohort": {"late": "accept", "deadline_s": 5.0}}, "was not drawn for"),
+        ({"cohort": {"late": "accept", "deadline_s": 5.0}}, "nobody has accounted"),
         ({"baselines": {"local": True}}, "without noise"),
     ],
 )
@@ -315,5 +315,5 @@ def test_what_does_not_compose_is_refused(tmp_path, values, reason):
 
 def test_a_number_of_sites_is_no_probability(tmp_path):
     job = toys.job(output={"dir": str(tmp_path)}, privacy=PRIVATE, cohort={"sample": 2})
-    with pytest.raises(PrivacyError, match="as a fraction"):
+    with pytest.raises(FitError, match="as a fraction"):
         run(job)

@@ -205,7 +205,7 @@ def test_distributed_noise_is_enough_for_the_fewest_that_are_summed(tmp_path, en
 
 def test_distributed_noise_needs_masks(tmp_path):
     private = {"mechanism": "distributed", "clip": 1.0, "noise_multiplier": 3.0, "delta": 1e-5}
-    with pytest.raises(PrivacyError, match="only a sum that nobody sees apart"):
+    with pytest.raises(FitError, match="only a sum that nobody sees apart"):
         run(job(tmp_path, masked=False, privacy=private))
 
 

@@ -31,7 +31,6 @@ from hansa import registry
 from hansa.core import config, settle
 from hansa.core.config import Job
 from hansa.core.filter import Filter
-from hansa.core.fit import check_fit
 from hansa.core.ports import Cohort, Handle, Program, Reply, SecureLine, SiteReport
 from hansa.core.strategy import Notes, Strategy
 from hansa.core.tree import Array, Parts, Tree
@@ -39,7 +38,8 @@ from hansa.core.values import Aggregate, Model, Plan, RoundRecord, Snapshot, Upd
 from hansa.errors import JobError
 from hansa.privacy.draws import Secret
 from hansa.privacy.plan import PrivacyPlan, Terms, terms_of_job
-from hansa.runs.carrier import pieces_of, promise, refusal, too_few, workflow_of
+from hansa.runs.carrier import promise, refusal
+from hansa.runs.pieces import check, workflow_of
 from hansa.runs.progress import Progress, Silent
 from hansa.runs.run import Run
 from hansa.simulation.local import Local
@@ -188,10 +188,7 @@ class Subject:
     def check(self) -> None:
         """Raise what keeps the job from running, if anything does."""
         course = self._course(self.program)
-        check_fit(pieces_of(self.job, self.program.traits, course))
-        error = too_few(self.job, course)
-        if error is not None:
-            raise error
+        check(self.job, self.program.traits, course)
 
 
 @contextlib.contextmanager

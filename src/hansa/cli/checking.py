@@ -21,15 +21,16 @@ from hansa.core import config
 from hansa.core import filter as filters
 from hansa.core import tree as trees
 from hansa.core.config import HomomorphicEncryptionSection, Job
-from hansa.core.fit import Conflict, Piece, Trait, conflicts
+from hansa.core.fit import Conflict, Piece, Trait
 from hansa.core.ports import SiteReport
 from hansa.core.strategy import Steps, Strategy
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Update
 from hansa.errors import FitError, HansaError, PrivacyError
 from hansa.privacy.plan import NOT_COVERED, PrivacyPlan, terms_of_job
-from hansa.runs.carrier import pieces_of, promise, refusal, too_few
+from hansa.runs.carrier import promise, refusal
 from hansa.runs.engine import inspect_all
+from hansa.runs.pieces import misfits, pieces_of
 from hansa.simulation.engines import open_engine
 from hansa.sinks.text import size
 from hansa.workers.runner import Course
@@ -83,10 +84,10 @@ class Findings:
     @property
     def error(self) -> HansaError | None:
         """Why the job can't run, if it can't."""
-        if isinstance(self.privacy, PrivacyError):
-            return self.privacy
         if self.conflicts:
             return FitError("\n".join(str(conflict) for conflict in self.conflicts), job=self.job.name)
+        if isinstance(self.privacy, PrivacyError):
+            return self.privacy
         return self.unfit or refusal(self.job, len(self.sites), self.refused)
 
 
@@ -110,10 +111,13 @@ def check(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
 async def _find(job: Job, folder: Path) -> Findings:
     async with open_engine(job, folder) as engine:
         plain = Course(job.name, tuple(engine.sites), job.strategy, tuple(job.filters))
-        unfit = too_few(job, plain)
         pieces = pieces_of(job, engine.traits, plain)
         reports, refused = await inspect_all(engine)
+        found = misfits(job, engine.traits, plain)
+        if found:
+            return Findings(job, reports, refused, pieces, found, None, None, None)
         privacy: PrivacyPlan | PrivacyError | None
+        unfit = None
         try:
             privacy = promise(job, len(engine.sites), reports)
             course = replace(plain, terms=terms_of_job(job))
@@ -121,8 +125,8 @@ async def _find(job: Job, folder: Path) -> Findings:
         except PrivacyError as error:
             privacy, costs = error, None
         except FitError as error:
-            unfit, costs = unfit or error, None
-    return Findings(job, reports, refused, pieces, conflicts(pieces), costs, privacy, unfit)
+            unfit, costs = error, None
+    return Findings(job, reports, refused, pieces, found, costs, privacy, unfit)
 
 
 def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -> Costs:

@@ -59,7 +59,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 EXAMPLES: Mapping[str, Any] = {
     "partition": {"name": "dirichlet", "sites": 6, "alpha": 0.5},
-    "filters": [{"name": "clip", "norm": 1.0}],
+    "filters": [{"name": "clip", "max_norm": 1.0}],
     "model.base": "path/to/base-model",
     "model.config": {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4},
     "model.tokenizer": "bytes",

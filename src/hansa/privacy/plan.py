@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hansa.core.config import Job, PrivacySection
+from hansa.core.fit import Piece, Trait, check_fit
 from hansa.errors import PrivacyError
 from hansa.privacy.accounting import Release, epsilon, noise_for
 
@@ -55,6 +56,16 @@ NOT_COVERED = (
     "when a site is online, and for how long it works",
     "hyper-parameters chosen on the same data",
 )
+
+
+TRAITS = {
+    "central": frozenset({Trait.PRIVATE, Trait.RATED, Trait.SECRET_COHORT}),
+    "local": frozenset({Trait.PRIVATE}),
+    "dp-sgd": frozenset({Trait.PER_EXAMPLE}),
+    "dp-ftrl": frozenset({Trait.PRIVATE, Trait.TURNS}),
+    "distributed": frozenset({Trait.PRIVATE, Trait.RATED, Trait.SHARED_NOISE}),
+}
+"""What the fit check needs to know of each mechanism."""
 
 
 @dataclass(frozen=True)
@@ -186,22 +197,36 @@ def terms_of_job(job: Job) -> Terms | None:
     """Return what server and sites agree on before training; dp-sgd's terms are each site's own: None.
 
     Raises:
-        PrivacyError: the cohort is not drawn as the accountant assumes.
+        FitError: the cohort is not drawn as the accountant assumes, or something else does not go with the promise.
     """
     section = job.privacy
     if section is None or section.mechanism == "dp-sgd":
         return None
-    if section.mechanism == "dp-ftrl" and job.cohort.sample != 1.0:
-        raise PrivacyError(
-            "dp-ftrl's sites take turns, and none is drawn. Leave cohort.sample out; privacy.separation = 10 asks a "
-            "tenth of the sites in each round."
-        )
-    if section.mechanism == "distributed" and job.secure_aggregation is None:
-        raise PrivacyError(
-            "Of distributed noise each site adds a share that hides nothing by itself: only a sum that nobody sees "
-            "apart is private. Add [secure_aggregation], or use mechanism 'local'."
-        )
-    return Terms(section, job.rounds, _rate(job) if section.mechanism in ("central", "distributed") else 1.0)
+    check_fit(promised(job))
+    return Terms(section, job.rounds, job.cohort.sample if Trait.RATED in TRAITS[section.mechanism] else 1.0)
+
+
+def promised(job: Job) -> list[Piece]:
+    """Return what a job promises, and what it says of who is asked: promises rest on that."""
+    pieces = []
+    sample, quorum = job.cohort.sample, job.cohort.quorum
+    if sample != 1.0 or isinstance(sample, int):
+        drawn = {Trait.DRAWN, Trait.COUNTED} if isinstance(sample, int) else {Trait.DRAWN}
+        pieces.append(Piece("cohort", "sample", frozenset(drawn)))
+    if isinstance(quorum, int) and quorum > 1:
+        pieces.append(Piece("cohort", "quorum", frozenset({Trait.HEADCOUNT}), quorum))
+    if job.privacy is not None:
+        pieces.append(Piece("privacy", job.privacy.mechanism, TRAITS[job.privacy.mechanism]))
+    if job.secure_aggregation is not None:
+        masked = frozenset({Trait.MASKED, Trait.ADDS_SHARES})
+        pieces.append(Piece("secure_aggregation", "masks", masked, job.secure_aggregation.minimum))
+    if job.homomorphic_encryption is not None:
+        encrypted = {Trait.MASKED, Trait.ENCRYPTED}
+        if not job.homomorphic_encryption.full_model:
+            encrypted.add(Trait.ADAPTERS_ONLY)
+        least = job.homomorphic_encryption.minimum
+        pieces.append(Piece("homomorphic_encryption", "ckks", frozenset(encrypted), least))
+    return pieces
 
 
 def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | None:
@@ -214,6 +239,7 @@ def plan_of(job: Job, sites: int, examples: int | None = None) -> PrivacyPlan | 
 
     Raises:
         PrivacyError: a piece of the plan contradicts another.
+        FitError: another piece of the job contradicts the plan.
     """
     section = job.privacy
     if section is None:
@@ -291,15 +317,6 @@ def steps_of(job: Job, examples: int) -> int:
     if job.train.steps is not None:
         return job.train.steps
     return max(1, math.ceil((job.train.epochs or 1.0) * examples / job.train.batch_size))
-
-
-def _rate(job: Job) -> float:
-    if isinstance(job.cohort.sample, int):
-        raise PrivacyError(
-            f"cohort.sample = {job.cohort.sample} draws so many sites, and the accountant assumes that each takes part "
-            "by itself. Write the probability as a fraction: cohort.sample = 0.1, or 1.0 for all."
-        )
-    return job.cohort.sample
 
 
 def _check_unit(section: PrivacySection, unit: str) -> None:

@@ -127,7 +127,7 @@ class Script:
         self._files = _site_files(job)
         self.sites: Sequence[str] = _site_names(options, self._files)
         seen = {Trait.BOUNDS_EXAMPLES} if options.steps == "prepared" else {Trait.OPAQUE_STEPS}
-        self.traits = frozenset({Trait.STEPWISE, *seen})
+        self.traits = frozenset({Trait.STEPWISE, Trait.APART, *seen})
         self._noisy = noisy_steps(job)
         self._weights: dict[str, float] = {}
         self._processes: dict[tuple[str, str], Started | Attached] = {}
@@ -248,8 +248,6 @@ class Script:
         correction: Correction | None = None,
         noisy: NoisySteps | None = None,
     ) -> tuple[dict[str, Any], dict[str, Array] | None]:
-        if site == EVERYONE:
-            raise JobError("A script trains on its own site's data only, so there is no central baseline.")
         deadline = self._job.cohort.deadline_s
         limit = self._options.timeout_s or (PATIENCE * deadline if deadline else None)
         strategy = self._job.strategy

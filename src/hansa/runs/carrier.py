@@ -18,18 +18,17 @@ from hansa import registry
 from hansa.core import settle, storage
 from hansa.core import tree as trees
 from hansa.core.config import Job
-from hansa.core.fit import Piece, Trait, check_fit
 from hansa.core.ports import Cohort, SiteReport
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
 from hansa.core.values import TRAINING, RoundRecord, Snapshot
-from hansa.core.workflow import Workflow
-from hansa.errors import DataError, FitError, HansaError, MissingExtraError
+from hansa.errors import DataError, HansaError, MissingExtraError
 from hansa.privacy.draws import Secret
 from hansa.privacy.plan import PrivacyPlan, plan_of, terms_of_job
 from hansa.runs import run as runs
 from hansa.runs.baselines import Baselines
 from hansa.runs.engine import Engine, inspect_all
+from hansa.runs.pieces import check, workflow_of
 from hansa.runs.progress import Progress, Watched
 from hansa.runs.run import Run
 from hansa.sinks.checkpoint import Checkpoints, early_stop
@@ -114,7 +113,7 @@ class _Carrier:
 
     async def carry_out(self) -> None:
         """Check, train, compare, export, report."""
-        check(self._job, self._engine, self._course)
+        check(self._job, self._engine.traits, self._course)
         sites = await self._inspect()
         plan = self._promise(sites)
         strategy, _ = self._course.pieces(Secret.kept(self._secret) if self._course.terms else None)
@@ -310,79 +309,6 @@ def refusal(job: Job, ready: int, errors: Mapping[str, HansaError]) -> HansaErro
     if not ready:
         return DataError("The job has no sites. Check data.train and partition.", job=job.name)
     return None
-
-
-def check(job: Job, engine: Engine, course: Course) -> None:
-    """Raise FitError if the pieces of ``job`` do not compose, or its rounds ask fewer sites than its rule needs."""
-    check_fit(pieces_of(job, engine.traits, course))
-    error = too_few(job, course)
-    if error is not None:
-        raise error
-
-
-def too_few(job: Job, course: Course) -> FitError | None:
-    """Return the error that says that a round asks fewer sites than the strategy's rule needs, or None."""
-    rule = course.pieces()[0].combine
-    asked = min(wanted(job.cohort.sample, len(course.sites)), len(course.sites))
-    if rule is None or asked >= rule.least:
-        return None
-    return FitError(
-        f"The rule {rule.name!r} needs at least {rule.least} updates, and a round asks {asked} sites. "
-        "Ask more (cohort.sample), or lower strategy.robust.malicious.",
-        job=job.name,
-    )
-
-
-def pieces_of(job: Job, program_traits: frozenset[Trait], course: Course) -> list[Piece]:
-    """Return every piece of a job with its traits."""
-    strategy, filters = course.pieces()
-    plain = job.train.optimizer == "sgd" and not job.train.momentum
-    steps = frozenset() if plain else frozenset({Trait.ADAPTIVE_STEPS})
-    training = program_traits - {Trait.VECTORISED} - steps
-    if Trait.BOUNDS_EXAMPLES not in training:  # so a program that knows nothing of dp-sgd is refused under it
-        training |= {Trait.WHOLE_BATCHES}
-    clips = frozenset() if job.train.clip_grad is None else frozenset({Trait.BATCH_CLIP})
-    cohort: set[Trait] = set()
-    if job.cohort.deadline_s is not None:
-        cohort.add(Trait.TIMED)
-    if job.cohort.late == "accept":
-        cohort.add(Trait.STALE)
-    workflow = workflow_of(job)
-    vectorised = {Trait.VECTORISED} if job.engine.name == "batched" else set()
-    return [
-        Piece("strategy", strategy.name, strategy.traits),
-        *([Piece("rule", strategy.combine.name, frozenset({Trait.NEEDS_EACH}))] if strategy.combine else []),
-        *(Piece("filter", piece.name, piece.traits) for piece in filters),
-        Piece("recipe", job.recipe.name, training),
-        Piece("optimizer", job.train.optimizer, steps | clips),
-        Piece("workflow", workflow.name, workflow.traits),
-        Piece("cohort", "policy", frozenset(cohort)),
-        Piece("engine", job.engine.name, frozenset(vectorised)),
-        *_promises(job),
-    ]
-
-
-def _promises(job: Job) -> list[Piece]:
-    """Return what a job promises, and the baselines that would go around it."""
-    promises = []
-    if job.privacy is not None:
-        hides = frozenset({Trait.PER_EXAMPLE if job.privacy.mechanism == "dp-sgd" else Trait.PRIVATE})
-        promises.append(Piece("privacy", job.privacy.mechanism, hides))
-    if job.secure_aggregation is not None:
-        promises.append(Piece("secure_aggregation", "masks", frozenset({Trait.MASKED})))
-    if job.homomorphic_encryption is not None:
-        small = frozenset() if job.homomorphic_encryption.full_model else frozenset({Trait.ADAPTERS_ONLY})
-        promises.append(Piece("homomorphic_encryption", "ckks", frozenset({Trait.MASKED, Trait.ENCRYPTED}) | small))
-        if job.model.adapter is None:
-            promises.append(Piece("model", "all parameters", frozenset({Trait.WHOLE_MODEL})))
-    names = [name for name in ("local", "central") if getattr(job.baselines, name)]
-    return [*promises, *(Piece("baseline", name, frozenset({Trait.UNPROTECTED})) for name in names)]
-
-
-def workflow_of(job: Job) -> Workflow:
-    """Return the workflow that the job names."""
-    chosen: Workflow = registry.build("workflows", job.workflow.name, job.workflow.options)
-    return chosen
 
 
 def digest(params: Tree) -> str:

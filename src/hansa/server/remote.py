@@ -37,9 +37,8 @@ from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Peers, Phase, Reply, SecureLine, SiteReport
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Task
-from hansa.errors import FitError, HansaError, PolicyError, SiteError, StorageError
+from hansa.errors import HansaError, PolicyError, SiteError, StorageError
 from hansa.pki.identities import Identities
-from hansa.runs.carrier import workflow_of
 from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
 from hansa.server.desk import Desk
@@ -108,16 +107,8 @@ class Remote:
         """Start the worker beside the server.
 
         Raises:
-            FitError: the job's workflow needs messages between sites.
             HansaError: what the recipe raises.
         """
-        workflow = workflow_of(self.job)
-        if Trait.RELAYS in workflow.traits:
-            raise FitError(
-                f"Workflow {workflow.name!r} hands the model from site to site, and a deployed server carries no "
-                "messages between sites. Instead: workflow = 'scatter-gather'.",
-                job=self.job.name,
-            )
         for folder in (self._plans, self._updates):
             folder.mkdir(parents=True, exist_ok=True)
         self._spares.clear()
@@ -125,7 +116,7 @@ class Remote:
         await self._compute.__aenter__()
         loop = asyncio.get_running_loop()
         self.desk.listen(self.id, lambda: loop.call_soon_threadsafe(self._news.set))
-        self.traits = self._compute.traits
+        self.traits = self._compute.traits | {Trait.UNPEERED}
         return self
 
     async def __aexit__(self, *exception: object) -> None:

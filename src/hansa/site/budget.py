@@ -54,7 +54,7 @@ from hansa.privacy.accounting import Release, epsilon
 from hansa.privacy.ledger import Budget, Charge, Ledger, TamperedError
 from hansa.privacy.plan import GRID, terms_of_job
 from hansa.privacy.steps import noisy_steps
-from hansa.runs.carrier import pieces_of
+from hansa.runs.pieces import pieces_of
 from hansa.workers.runner import Course
 
 _LOG = logging.getLogger("hansa.site")

@@ -4,13 +4,18 @@ arXiv:1910.06378, Algorithm 1 with option II.
 
     site    y ← y − η_l (g − c_i + c) at every step;   c_i⁺ = c_i − c + (w − y)/(K η_l)
             sends Δ_i = y − w and c_i⁺ − c_i; keeps c_i⁺
-    server  w ← w + η_g mean(Δ_i);                     c ← c + (m/N) mean(c_i⁺ − c_i)
+    server  w ← w + η_g mean(Δ_i);                     c ← c + (m/N) mean(c_i⁺ − c_i)       (plain means)
+                                                       c ← c W/W⁺ + Σ w_i (c_i⁺ − c_i) / W⁺ (weighed means)
 
 K η_l is the sum of the learning rates of the steps made, so schedules and partial work are exact.
 
 Whatever the mean of the updates, the fixed point is where the *controls'* mean vanishes. The paper's plain means
 therefore minimise Σ f_i / N, an objective other than FedAvg's Σ n_i f_i / Σ n_i when sites differ in size. Both
 means are weighed by examples here unless ``objective = "sites"`` asks for the paper's.
+
+With weights, c is Σ w_i c_i over *all* sites divided by all weights W. Where a round asks some only, W is not known: it
+is N times the mean weight of all updates so far. An error in W makes c a little too long or short for a while; the sum
+itself stays exact, so the fixed point is where it vanishes, whoever was asked.
 
 Guard. SCAFFOLD is not uniformly safe (an independent reproduction has it at 33.8 ± 41 where FedAvg has 78.1).
 A round whose mean update is not finite, or is longer than ``guard`` times the longest of the first ``WARM_UP``
@@ -59,6 +64,7 @@ def scaffold(lr: float = 1.0, guard: float = 10.0, objective: Literal["examples"
         return {
             "control": _zero_control(model),
             "guard": {"longest": np.zeros(()), "rounds": np.zeros((), np.int64)},
+            "seen": {"weight": np.zeros(()), "count": np.zeros(())},
         }
 
     def step(model: Model, state: Parts, aggregate: Aggregate) -> tuple[Model, Parts, Notes]:
@@ -73,13 +79,11 @@ def scaffold(lr: float = 1.0, guard: float = 10.0, objective: Literal["examples"
             )
             return model, {**state, "control": _zero_control(model)}, {"guard": note, "forget": True}
         model, _ = descend(optimizer, model, {}, mean)
-        share = aggregate.count / aggregate.population
-        moved = aggregate.mean("control")
-        control = {name: c + c.dtype.type(share) * moved[name] for name, c in state["control"].items()}
+        control, seen = _moved(state["control"], state["seen"], aggregate)
         if rounds < WARM_UP:
             longest = max(longest, length)
         yardstick = {"longest": np.asarray(longest), "rounds": np.asarray(rounds + 1)}
-        return model, {"control": control, "guard": yardstick}, {}
+        return model, {"control": control, "guard": yardstick, "seen": seen}, {}
 
     return Strategy(
         "scaffold",
@@ -90,6 +94,18 @@ def scaffold(lr: float = 1.0, guard: float = 10.0, objective: Literal["examples"
         weighed=dict.fromkeys(("delta", "control"), objective == "examples"),
         traits=frozenset({Trait.STEP_LEVEL, Trait.PLAIN_STEPS, Trait.STATEFUL, Trait.EXTRA_PARTS, Trait.SERVER_STEP}),
     )
+
+
+def _moved(control: Tree, seen: Tree, aggregate: Aggregate) -> tuple[Tree, Tree]:
+    """Return the server's control after a round, and the weights seen so far."""
+    total = aggregate.weight if aggregate.weighed["control"] else aggregate.count
+    weight, count = float(seen["weight"]) + total, float(seen["count"]) + aggregate.count
+    everyones = aggregate.population * weight / count
+    before = aggregate.population * float(seen["weight"]) / float(seen["count"]) if seen["count"] else everyones
+    moved = aggregate.mean("control")
+    kept, share = before / everyones, total / everyones
+    now = {name: c.dtype.type(kept) * c + c.dtype.type(share) * moved[name] for name, c in control.items()}
+    return now, {"weight": np.asarray(weight), "count": np.asarray(count)}
 
 
 def _zero_control(model: Model) -> Tree:
