@@ -167,17 +167,20 @@ def test_a_server_that_widens_the_terms_is_refused(tmp_path, monkeypatch):
 
 
 def test_central_noise_on_a_sum_that_nobody_saw_apart(tmp_path):
-    """Clip, masks and noise together: the noise's size, and a cohort of too few taken for nobody."""
-    private = {"mechanism": "central", "clip": 0.5, "noise_multiplier": 1e-6, "delta": 1e-5}
-    values = {"privacy": private, "cohort": {"sample": 0.5, "quorum": 0.5}, "rounds": 6}
-    done = run(job(tmp_path, **values))
-    assert len(done.records) == 6
+    """Clip, masks and noise together; after every site's last turn there is a step of noise alone."""
+    private = {"mechanism": "dp-ftrl", "clip": 0.5, "noise_multiplier": 1e-6, "delta": 1e-5, "participations": 2}
+    done = run(job(tmp_path, privacy=private, rounds=3))
+    assert [len(record["accepted"]) for record in done.records] == [10, 10, 0]
     for record in done.records:
         assert not any(name.startswith("train_") for name in record["metrics"])
-        if len(record["asked"]) >= 3:
-            assert record["accepted"] == record["asked"]
-        else:
-            assert record["accepted"] == []
+
+
+def test_a_drawn_cohort_under_masks_and_noise_at_the_server_is_refused(tmp_path):
+    """It may be of too few to sum, and one more site then moves the model by the updates of three."""
+    private = {"mechanism": "central", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-5}
+    with pytest.raises(FitError, match="by the updates of all of them"):
+        run(job(tmp_path, privacy=private, cohort={"sample": 0.5}))
+    run(job(tmp_path, privacy=private, rounds=1))
 
 
 @pytest.mark.parametrize("engine", ["local", "processes"])

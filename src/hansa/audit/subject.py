@@ -187,8 +187,9 @@ class Subject:
 
     def check(self) -> None:
         """Raise what keeps the job from running, if anything does."""
-        course = self._course(self.program)
-        check(self.job, self.program.traits, course)
+        job = self.job
+        sites = tuple(sorted(self.program.sites))
+        check(job, self.program.traits, Course(job.name, sites, job.strategy, tuple(job.filters)))
 
 
 @contextlib.contextmanager

@@ -244,8 +244,8 @@ RULES = (
         (Trait.SECRET_COHORT, Trait.DRAWN, Trait.MASKED),
         "a drawn cohort of too few sites to sum is left out as a whole, so one more site in it can move the model by "
         "the updates of all of them, which the noise does not hide.",
-        "use mechanism 'distributed', whose claims need no draw; or cohort.sample = 1.0; or let the server see updates, "
-        "to which mechanism 'central' promises nothing.",
+        "use mechanism 'distributed', whose claims need no draw; or cohort.sample = 1.0; or let the server see "
+        "updates, as mechanism 'central' promises nothing against it.",
     ),
     Rule(
         (Trait.SECRET_COHORT, Trait.DRAWN, Trait.HEADCOUNT),

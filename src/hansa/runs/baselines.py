@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hansa.core import settle
 from hansa.core.config import Choice, CohortSection, EvaluationSection, Job
+from hansa.core.fit import Trait
 from hansa.core.ports import EVERYONE
 from hansa.core.tree import Tree
 from hansa.core.values import Model, Snapshot
@@ -137,6 +138,7 @@ class Baselines:
         )
         course = Course(name, (site,), PLAIN)
         strategy, _ = course.pieces()
+        strategy = replace(strategy, traits=strategy.traits - {Trait.WHOLE_WORK})  # of one, any part is the mean
         scratch = self.scratch / name
         scratch.mkdir(parents=True, exist_ok=True)
         start = Snapshot(0, *settle.start(strategy, self.start, scratch))

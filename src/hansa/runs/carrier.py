@@ -74,7 +74,11 @@ async def carry_out(
         work = run.directory / "work"
         work.mkdir(exist_ok=True)
         async with open_engine(work) as engine:
-            await _Carrier(run.job, run.directory, engine, progress, strategy, sinks).carry_out()
+            job = run.job
+            check(
+                job, engine.traits, Course(job.name, tuple(engine.sites), strategy or job.strategy, tuple(job.filters))
+            )
+            await _Carrier(job, run.directory, engine, progress, strategy, sinks).carry_out()
 
 
 class _Carrier:
@@ -112,8 +116,7 @@ class _Carrier:
         )
 
     async def carry_out(self) -> None:
-        """Check, train, compare, export, report."""
-        check(self._job, self._engine.traits, self._course)
+        """Train, compare, export, report."""
         sites = await self._inspect()
         plan = self._promise(sites)
         strategy, _ = self._course.pieces(Secret.kept(self._secret) if self._course.terms else None)

@@ -28,15 +28,16 @@ BASE: Mapping[str, Any] = {
     "name": "composition",
     "rounds": 3,
     "recipe": "tabular-classification",
+    "model": {"adapter": {}},
     "train": {"optimizer": "sgd", "lr": 0.1, "steps": 3, "batch_size": 64},
     "baselines": {"base": False, "local": False},
     "evaluation": {"every": 0},
 }
-"""The job that mechanisms are added to: FedAvg over everybody, plain SGD, in one process."""
+"""The job that mechanisms are added to: FedAvg over everybody, an adapter, plain SGD, in one process."""
 
 _PRIVATE = {"clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-5}
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "clip": {"max_norm": 0.5},
+    "clip": {"max_norm": 0.4},
     "mean": {"max_norm": 0.5},
     "dp-ftrl": {"separation": 2},
 }
@@ -92,9 +93,10 @@ def _protections() -> Iterator[Mechanism]:
         section = {"mechanism": name, **_PRIVATE, **_OPTIONS.get(name, {})}
         needed: Mapping[str, Any] = {"secure_aggregation": {}} if name == "distributed" else {}
         yield Mechanism("differential privacy", name, {"privacy": section, **needed}, "privacy")
-    adaptive = {"mechanism": "central", **_PRIVATE, "adaptive_clip": {}}
+    adaptive = {"mechanism": "central", **_PRIVATE, "adaptive_clip": {"noise": 2.0}}
     yield Mechanism("differential privacy", "central, adaptive clip", {"privacy": adaptive}, "privacy")
-    yield Mechanism("secret sums", "secure aggregation", {"secure_aggregation": {}}, "secret sums")
+    for key, name in {"secure_aggregation": "masks", "homomorphic_encryption": "encryption"}.items():
+        yield Mechanism("secret sums", name, {key: {}}, "secret sums")
 
 
 def _participation() -> Iterator[Mechanism]:
@@ -114,6 +116,7 @@ def _training() -> Iterator[Mechanism]:
     yield Mechanism("local training", "gradients clipped", {"train": {"clip_grad": 0.5}}, "clip_grad")
     timed = {"train": {"max_seconds": 1e-9}, "strategy": {"name": "fedprox"}}
     yield Mechanism("local training", "time limit", timed, "max_seconds", frozenset({Trait.TIMED}))
+    yield Mechanism("model", "all parameters", {"model": {"adapter": None}}, "model")
     stepwise = frozenset({Trait.STEPWISE})
     yield Mechanism("training code", "recipes over transformers", {}, "code", stepwise)
     apart = stepwise | {Trait.APART}
@@ -173,13 +176,17 @@ def refusals(mechanisms: Sequence[Mechanism]) -> list[Conflict]:
 
 def _asked(mechanisms: Sequence[Mechanism]) -> tuple[Job, frozenset[Trait], Course]:
     job = job_of(mechanisms)
-    traits = frozenset[Trait]().union(*(mechanism.traits for mechanism in mechanisms))
-    code = {mechanism.name for mechanism in mechanisms if mechanism.family == "training code"}
-    if "script, its own steps" not in code:
-        traits |= {Trait.BOUNDS_EXAMPLES}
-        if job.privacy is not None and job.privacy.mechanism == "dp-sgd":  # whose draws are each site's own
-            traits |= {Trait.STEPWISE}
-    return job, traits, Course(job.name, SITES, job.strategy, tuple(job.filters))
+    return job, traits(mechanisms), Course(job.name, SITES, job.strategy, tuple(job.filters))
+
+
+def traits(mechanisms: Sequence[Mechanism]) -> frozenset[Trait]:
+    """Return those of the training code and the engine: a functional program in this process, where nothing is said."""
+    found = frozenset[Trait]().union(*(mechanism.traits for mechanism in mechanisms))
+    if Trait.OPAQUE_STEPS not in found:
+        found |= {Trait.BOUNDS_EXAMPLES}
+    if any(mechanism.name == "dp-sgd" for mechanism in mechanisms):  # whose draws are each site's own
+        found |= {Trait.STEPWISE}
+    return found
 
 
 def pairs(mechanisms: Sequence[Mechanism]) -> Iterator[tuple[Mechanism, Mechanism]]:

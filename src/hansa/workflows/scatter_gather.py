@@ -78,7 +78,7 @@ async def scatter_gather(
             gathered = await _gather(job, strategy, cohort, plan, asked, strategy.bound(now.state), scratch)
         else:
             gathered = await _gather_secretly(job, strategy, cohort, plan, asked, scratch)
-        _require(job, strategy, gathered, () if gathered.too_few else asked, number)
+        _require(job, strategy, gathered, asked, number)
         settled, notes = await _aside(
             plan.params, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch
         )
@@ -131,7 +131,6 @@ class _Gathered:
     seconds: dict[str, float] = field(default_factory=dict)
     logged: dict[str, Logged] = field(default_factory=dict)
     bytes_up: int = 0
-    too_few: bool = False
 
 
 def _plan(job: Job, strategy: Strategy, now: Snapshot, number: int, asked: Sequence[str]) -> Plan:
@@ -193,14 +192,13 @@ async def _gather(
 async def _gather_secretly(
     job: Job, strategy: Strategy, cohort: Cohort, plan: Plan, asked: Sequence[str], scratch: Path | None
 ) -> _Gathered:
-    """Gather sums only; a secret cohort of too few sites to sum is taken for nobody, which tells nothing of any."""
+    """Gather sums only; where nobody is asked, as after every site's last turn, there is nothing to gather."""
     assert job.secret_sums is not None, "the job keeps its updates from the server"
     assert scratch is not None, "a secret sum lies on the disk"
     gathered = _Gathered(None, Aggregate({}, strategy.weighed, 0.0, 0.0, len(cohort.sites)))
-    if strategy.select is not None and len(asked) < job.secret_sums.minimum:
-        why = f"{len(asked)} were drawn, and fewer than {job.secret_sums.minimum} are never summed"
-        gathered.absent = [Absence(site, "refused", why) for site in asked]
-        gathered.too_few = True
+    for handle in cohort.late(plan.round):  # its masks or its key belong to a round whose sum is made
+        handle.release()
+    if not asked:
         return gathered
     layouts = expected(strategy, plan.params)
     found = await sums.gather(
