@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-postgres test-s3 check format schema
+.PHONY: help setup quickstart test test-postgres test-s3 check format schema composition
 
 help:
 	@echo "make setup         make .venv with everything that running and testing Hansa needs"
@@ -17,6 +17,7 @@ help:
 	@echo "make check         set up, then run formatter, linter, strict type checker and import-linter"
 	@echo "make format        set up, then format and mend what the linter can"
 	@echo "make schema        set up, then write docs/job.schema.json from the job's model"
+	@echo "make composition   set up, then write docs/composition.md from the rules of what goes with what"
 
 setup: .venv/.ready
 
@@ -57,3 +58,6 @@ format: setup
 schema: setup
 	$(BIN)/python -c 'import json; from hansa.core import config; print(json.dumps(config.schema(), indent=2))' \
 		> docs/job.schema.json
+
+composition: setup
+	$(BIN)/python -m hansa.runs.composition > docs/composition.md

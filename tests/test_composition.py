@@ -6,6 +6,7 @@ the same federation done by hand.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ import by_hand
 import regression
 from hansa import registry
 from hansa.client import work
+from hansa.core import fit
 from hansa.core.config import CohortSection, Job
 from hansa.core.values import Model, Snapshot
 from hansa.errors import FitError
@@ -39,6 +41,8 @@ REFUSED = [pair for pair in ALL if refusals(pair)]
 NOT_RUN = {"training code", "a deployment"}
 """Whose own tests run them: they take long to begin."""
 RUN = [pair for pair in ALL if not refusals(pair) and not any({m.family, m.name} & NOT_RUN for m in pair)]
+EVERYBODY = "a site that was late is asked again in the next round, and only its new answer counts."
+"""The one rule that no pair is about: late answers bring a sample along, as they can't be without."""
 IN_WORKERS = [pair for pair in RUN if any(m.name == "processes" for m in pair)]
 HERE = [pair for pair in RUN if pair not in IN_WORKERS]
 KEY = b"by hand, and by nobody's chance."
@@ -156,6 +160,16 @@ def test_the_list_has_every_name_and_key_of_a_job() -> None:
     assert len({str(m) for m in MECHANISMS}) == len(MECHANISMS)
 
 
+def test_the_page_is_what_the_rules_make() -> None:
+    page = Path(__file__).parents[1] / "docs" / "composition.md"
+    assert page.read_text(encoding="utf-8") == composition.page(), "run `make composition`"
+
+
+def test_every_rule_is_met_by_a_pair_or_a_triple() -> None:
+    met = {conflict.reason for those in [*REFUSED, *triples(MECHANISMS)] for conflict in refusals(those)}
+    assert {rule.reason for rule in fit.RULES} - met == {EVERYBODY}
+
+
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: named([m]))
 def test_each_composes_with_the_base_job_and_is_seen(mechanism) -> None:
     assert refusals([mechanism]) == []
@@ -186,6 +200,12 @@ async def test_what_runs_is_right(tmp_path, monkeypatch, mechanisms) -> None:
     async with opened(job, tmp_path, clock) as engine:
         records, scores = await carried_out(job, engine, tmp_path)
     assert_right(job, records, scores)
+
+
+def test_late_answers_where_everybody_is_asked_again_are_refused() -> None:
+    job = job_of([], {**BASE, "cohort": {"late": "accept", "deadline_s": 60.0}})
+    with pytest.raises(FitError, match=EVERYBODY):
+        check(job, frozenset(), Course(job.name, SITES, job.strategy))
 
 
 async def test_what_runs_in_workers_is_right(tmp_path) -> None:

@@ -47,6 +47,7 @@ class Trait(Enum):
     PRIVATE = "hides one site's whole update in noise"
     RATED = "divides by the number of sites that it expects"
     SECRET_COHORT = "counts on nobody's knowing who takes part"
+    SERVER_NOISE = "adds noise to the sum at the server"
     TURNS = "has sites take turns"
     SHARED_NOISE = "has each site add a share of the noise"
     PER_EXAMPLE = "bounds every single example's gradient, on batches drawn in secret"
@@ -293,6 +294,13 @@ RULES = (
         "each makes a sum of its own kind: masks are added as they are, and cancel in no ciphertext.",
         "keep secure_aggregation, where no single site holds a key to the sum; or homomorphic_encryption, where sites "
         "are few and one of them is trusted with sums.",
+    ),
+    Rule(
+        (Trait.SERVER_NOISE, Trait.ENCRYPTED),
+        "the site with the key decrypts each sum before the server adds noise to it, and the promise is to hold "
+        "against sites.",
+        "use secure_aggregation, where no site sees the sum; or mechanism 'local' or 'dp-sgd', whose noise is in every "
+        "update.",
     ),
     Rule(
         (Trait.ADAPTERS_ONLY, Trait.WHOLE_MODEL),

@@ -59,10 +59,10 @@ NOT_COVERED = (
 
 
 TRAITS = {
-    "central": frozenset({Trait.PRIVATE, Trait.RATED, Trait.SECRET_COHORT}),
+    "central": frozenset({Trait.PRIVATE, Trait.SERVER_NOISE, Trait.RATED, Trait.SECRET_COHORT}),
     "local": frozenset({Trait.PRIVATE}),
     "dp-sgd": frozenset({Trait.PER_EXAMPLE}),
-    "dp-ftrl": frozenset({Trait.PRIVATE, Trait.TURNS}),
+    "dp-ftrl": frozenset({Trait.PRIVATE, Trait.SERVER_NOISE, Trait.TURNS}),
     "distributed": frozenset({Trait.PRIVATE, Trait.RATED, Trait.SHARED_NOISE}),
 }
 """What the fit check needs to know of each mechanism."""

@@ -207,3 +207,167 @@ def triples(mechanisms: Sequence[Mechanism]) -> Iterator[tuple[Mechanism, Mechan
             for rule in rules
         ):
             yield those
+
+
+SAID_ONCE = "differential privacy", "secret sums", "robust rule"
+"""The families that promise something: the columns of the page's table."""
+
+
+def page() -> str:
+    """Return docs/composition.md."""
+    return _Page().text()
+
+
+class _Page:
+    """The page, written from the inventory and the rules."""
+
+    def __init__(self) -> None:
+        self.mechanisms = inventory()
+        bare = set(pieces([]))
+        self._own = {m: {(p.family, p.name) for p in set(pieces([m])) - bare} for m in self.mechanisms}
+        self._reasons: dict[tuple[str, str], int] = {}
+        self._found = {frozenset(pair): self._named(pair) for pair in pairs(self.mechanisms)}
+        self._groups = self._grouped()
+
+    def _named(self, those: Sequence[Mechanism]) -> list[Conflict]:
+        """Return the conflicts that are about all of ``those``, or all there are."""
+        found = refusals(those)
+        about = [c for c in found if all({(p.family, p.name) for p in c.pieces} & self._own[m] for m in those)]
+        return about or found
+
+    def _number(self, conflict: Conflict) -> int:
+        return self._reasons.setdefault((conflict.reason, conflict.instead), len(self._reasons) + 1)
+
+    def _grouped(self) -> list[list[Mechanism]]:
+        """Return the mechanisms, those of one family together that everything else meets alike."""
+        groups: dict[tuple[str, frozenset[tuple[str, str]]], list[Mechanism]] = {}
+        for one in self.mechanisms:
+            met = frozenset(
+                (str(other), conflict.reason)
+                for pair, found in self._found.items()
+                if one in pair
+                for other in pair - {one}
+                for conflict in found
+            )
+            groups.setdefault((one.family, met), []).append(one)
+        return list(groups.values())
+
+    def text(self) -> str:
+        columns = [group for group in self._groups if group[0].family in SAID_ONCE]
+        table = [
+            f"| | {' | '.join(_label(group) for group in columns)} |",
+            f"|---|{':---:|' * len(columns)}",
+        ]
+        family = ""
+        for row in self._groups:
+            title = f"**{row[0].family}**: " if row[0].family != family else ""
+            family = row[0].family
+            table.append(f"| {title}{_label(row)} | {' | '.join(self._cell(row, column) for column in columns)} |")
+        others = self._others()
+        three = [
+            f"| {' + '.join(m.name for m in those)} | {', '.join(str(self._number(c)) for c in self._named(those))} |"
+            for those in triples(self.mechanisms)
+        ]
+        listed = sorted(self._reasons.items(), key=lambda item: item[1])
+        reasons = [f"{number}. {_sentence(reason)} *Instead*: {instead}" for (reason, instead), number in listed]
+        needs = [
+            f"- What {need.trait.value} needs a piece that {need.needed.value}: {need.reason} *Instead*: {need.instead}"
+            for need in fit.NEEDS
+        ]
+        return _PAGE.format(
+            table="\n".join(table),
+            others="\n".join(others),
+            three="\n".join(three),
+            reasons="\n".join(reasons),
+            needs="\n".join(needs),
+            num_mechanisms=len(self.mechanisms),
+            num_pairs=len(self._found),
+            num_refused=sum(bool(found) for found in self._found.values()),
+        )
+
+    def _cell(self, row: Sequence[Mechanism], column: Sequence[Mechanism]) -> str:
+        asked = [frozenset((one, other)) for one in row for other in column if one.slot != other.slot]
+        if not asked:
+            return "–"
+        numbers = {self._number(conflict) for pair in asked for conflict in self._found[pair]}
+        return ", ".join(map(str, sorted(numbers))) if numbers else "yes"
+
+    def _others(self) -> list[str]:
+        """Return a line for every refusal that has no cell in the table."""
+        lines = []
+        for one, other in combinations(self._groups, 2):
+            if not {one[0].family, other[0].family} & set(SAID_ONCE):
+                cell = self._cell(one, other)
+                if cell not in ("yes", "–"):
+                    lines.append(f"| {one[0].family}: {_label(one)} | {other[0].family}: {_label(other)} | {cell} |")
+        return lines
+
+
+def _label(group: Sequence[Mechanism]) -> str:
+    return " / ".join(mechanism.name for mechanism in group)
+
+
+def _sentence(text: str) -> str:
+    """Return ``text`` with a capital, unless it begins with a key of the job."""
+    return text if "." in text.split()[0] else f"{text[0].upper()}{text[1:]}"
+
+
+_PAGE = """# What goes with what
+
+<!-- Made by `make composition` from the rules in src/hansa/core/fit.py; a test compares it. -->
+
+A job names an algorithm, what protects it, who takes part, and where it runs. Not everything goes with everything, and
+what does not is refused before any site is contacted: nothing is left out quietly. `hansa check JOB` gives the same
+reasons. This page lists {num_mechanisms} mechanisms and {num_pairs} pairs of them, of which {num_refused} are refused.
+
+- **yes**: it runs, and `tests/test_composition.py` has compared the models of every round with the same federation done
+  once more, naively, in NumPy. Two kinds of entries are judged here and run elsewhere: training code (`tests/recipes`,
+  `tests/client`) and deployments (`tests/server`, `tests/test_secure_lab.py`, `tests/test_homomorphic_lab.py`).
+- **a number**: it is refused, for the reason with that number below.
+- **–**: a job has one of the two at most.
+
+What is not listed is the base: FedAvg in the workflow `scatter-gather` over all sites, plain SGD, an adapter, one
+process. A script that makes its own steps follows the settings of `[train]` as far as it looks at them.
+
+## With what promises something
+
+{table}
+
+## All other refusals
+
+| this | with this | reason |
+|---|---|---|
+{others}
+
+## Three at a time
+
+Any two of these go together; all three do not.
+
+| together | reason |
+|---|---|
+{three}
+
+## Reasons, and what to do
+
+{reasons}
+
+## What needs something else
+
+{needs}
+
+## What needs a number of sites
+
+A round that asks fewer sites is refused before it begins: `median`, `trimmed-mean`, `geometric-median` and the bounded
+`mean` need 2f + 1 updates where f sites may lie, `krum` and `multi-krum` 2f + 3; masks and encryption sum no fewer than
+their `minimum`, 3 at least; a quorum that is a number needs that many. `cohort.sample` says how many are asked; with
+`dp-ftrl` it is `separation`: one in so many sites.
+
+## The order of filters
+
+An update is clipped, then weighed, then encoded for the wire. Filters in another order are refused: a bound or a weight
+applied later no longer holds for what is sent.
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")
