@@ -98,7 +98,7 @@ class ByHand:
     def _trained(self, start, site: str, number: int):
         """Return where a site's local steps end, all of its rows in every batch."""
         train, w = self.job.train, start.copy()
-        inputs, targets = regression.rows(site)
+        inputs, targets = regression.rows(site) if site in SITES else everybodys()
         first, second = np.zeros_like(w), np.zeros_like(w)
         for step in range(self._count()):
             each = inputs * (inputs @ w - targets)[:, None]
@@ -124,6 +124,13 @@ class ByHand:
             else:
                 first = train.momentum * first + gradient
                 w = w - train.lr * first
+        return w
+
+    def alone(self, site: str, rounds: int):
+        """Return where ``rounds`` of local steps end, nothing being shared."""
+        w = np.zeros_like(self.w)
+        for _ in range(rounds):
+            w = self._trained(w, site, 0)
         return w
 
     def _filtered(self, move, site: str):
@@ -240,7 +247,12 @@ RULES = {  # for one site that may lie
 }
 
 
+def everybodys():
+    """Return the rows of all sites."""
+    return tuple(map(np.concatenate, zip(*map(regression.rows, SITES), strict=True)))
+
+
 def loss(w) -> float:
     """Return the loss of a model over all rows of all sites."""
-    squares = [(inputs @ w - targets) ** 2 / 2 for inputs, targets in map(regression.rows, SITES)]
-    return float(np.concatenate(squares).mean())
+    inputs, targets = everybodys()
+    return float(((inputs @ w - targets) ** 2 / 2).mean())

@@ -40,9 +40,9 @@ def federation(strategy, gradient=value_and_grad, lr=LR, **options):
     )
 
 
-def end(strategy, rounds=400):
+def end(strategy, rounds=400, **options):
     """Return w after ``rounds`` rounds from 0."""
-    loop = federation(strategy)
+    loop = federation(strategy, **options)
     state = loop.initialize()
     for _ in range(rounds):
         state, _ = loop.next(state, data())

@@ -17,7 +17,7 @@ import regression
 from hansa import registry
 from hansa.client import work
 from hansa.core import fit
-from hansa.core.config import CohortSection, Job
+from hansa.core.config import Algorithm, CohortSection, Job
 from hansa.core.values import Model, Snapshot
 from hansa.errors import FitError
 from hansa.privacy import draws
@@ -134,6 +134,11 @@ def assert_right(job, records, scores) -> None:
         missing = {SLOW} if job.cohort.deadline_s and job.engine.name == "local" else set()
         assert set(record.asked) - set(record.accepted) == missing & set(record.asked), record.absent
     assert scores.keys() == baselines(job)
+    plain = by_hand.ByHand(job.model_copy(update={"strategy": Algorithm(name="fedavg")}), [], Secret(KEY), noisy=True)
+    for name, found in scores.items():
+        rounds = {"base": 0, "central": job.rounds * len(SITES)}.get(name, job.rounds)
+        expected = by_hand.loss(plain.alone(name.removeprefix("local."), rounds))
+        assert found.overall == (pytest.approx({"loss": expected}) if job.secret_sums is None else {})
 
 
 def asked(job, number: int) -> int:
@@ -200,6 +205,7 @@ async def test_what_runs_is_right(tmp_path, monkeypatch, mechanisms) -> None:
     async with opened(job, tmp_path, clock) as engine:
         records, scores = await carried_out(job, engine, tmp_path)
     assert_right(job, records, scores)
+    assert len(list(tmp_path.glob("late.*"))) <= 1, "late answers pile up"
 
 
 def test_late_answers_where_everybody_is_asked_again_are_refused() -> None:

@@ -39,3 +39,11 @@ def test_a_strong_proximal_term_lessens_the_bias():
 def test_scaffold_ends_at_the_true_optimum_of_its_objective(objective, optimum):
     assert end(scaffold(objective=objective)) == pytest.approx(optimum, rel=1e-9)
     assert abs(OPTIMUM - OPTIMUM_OVER_SITES) > 0.01, "the two objectives must differ"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("objective", "optimum"), [("examples", OPTIMUM), ("sites", OPTIMUM_OVER_SITES)])
+def test_scaffold_ends_there_whoever_is_asked(objective, optimum, seed):
+    """The mean weight of those asked is not everybody's, and the control must not drift for that."""
+    found = end(scaffold(objective=objective), rounds=600, sample=2, seed=seed)
+    assert found == pytest.approx(optimum, rel=1e-9)

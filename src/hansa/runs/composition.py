@@ -255,14 +255,14 @@ class _Page:
     def text(self) -> str:
         columns = [group for group in self._groups if group[0].family in SAID_ONCE]
         table = [
-            f"| | {' | '.join(_label(group) for group in columns)} |",
+            f"| | {' | '.join(self._label(group) for group in columns)} |",
             f"|---|{':---:|' * len(columns)}",
         ]
         family = ""
         for row in self._groups:
             title = f"**{row[0].family}**: " if row[0].family != family else ""
             family = row[0].family
-            table.append(f"| {title}{_label(row)} | {' | '.join(self._cell(row, column) for column in columns)} |")
+            table.append(f"| {title}{self._label(row)} | {' | '.join(self._cell(row, column) for column in columns)} |")
         others = self._others()
         three = [
             f"| {' + '.join(m.name for m in those)} | {', '.join(str(self._number(c)) for c in self._named(those))} |"
@@ -285,6 +285,10 @@ class _Page:
             num_refused=sum(bool(found) for found in self._found.values()),
         )
 
+    def _label(self, group: Sequence[Mechanism]) -> str:
+        family = [mechanism for mechanism in self.mechanisms if mechanism.family == group[0].family]
+        return f"any {group[0].family}" if len(group) == len(family) > 2 else " / ".join(m.name for m in group)
+
     def _cell(self, row: Sequence[Mechanism], column: Sequence[Mechanism]) -> str:
         asked = [frozenset((one, other)) for one in row for other in column if one.slot != other.slot]
         if not asked:
@@ -299,12 +303,10 @@ class _Page:
             if not {one[0].family, other[0].family} & set(SAID_ONCE):
                 cell = self._cell(one, other)
                 if cell not in ("yes", "–"):
-                    lines.append(f"| {one[0].family}: {_label(one)} | {other[0].family}: {_label(other)} | {cell} |")
+                    lines.append(
+                        f"| {one[0].family}: {self._label(one)} | {other[0].family}: {self._label(other)} | {cell} |"
+                    )
         return lines
-
-
-def _label(group: Sequence[Mechanism]) -> str:
-    return " / ".join(mechanism.name for mechanism in group)
 
 
 def _sentence(text: str) -> str:
