@@ -60,7 +60,8 @@ async def test_below_quorum_it_ends(tmp_path):
         ({"strategy": "scaffold"}, "scaffold"),
         ({"strategy": "fedadam"}, "fedadam"),
         ({"filters": [{"name": "clip", "max_norm": 1.0}]}, "clip"),
-        ({"cohort": {"deadline_s": 1.0, "late": "accept"}}, "policy"),
+        ({"cohort": {"deadline_s": 1.0}}, "deadline"),
+        ({"cohort": {"deadline_s": 1.0, "late": "accept", "sample": 2}}, "late"),
     ],
 )
 def test_what_a_relay_would_drop_is_refused(tmp_path, change, named):
