@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import signal
 import struct
@@ -382,6 +384,81 @@ def test_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
         storage.publish(tmp_path / "none", tmp_path / "final")
 
 
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What happens to the disk, in order: inodes that were synced, names that were renamed."""
+    steps: list[object] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        steps.append(os.fstat(descriptor).st_ino)
+
+    def renamed(path: Path, target: Path) -> Path:
+        steps.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return steps
+
+
+def test_a_folder_appears_after_all_in_it_is_durable_and_is_durable_then(tmp_path: Path, disk: list[object]) -> None:
+    inner = tmp_path / "new" / "inner"
+    inner.mkdir(parents=True)
+    for name in ("a", "b", "inner/c"):
+        (tmp_path / "new" / name).write_text(name)
+    inside = {path.stat().st_ino for path in (tmp_path / "new", *(tmp_path / "new").rglob("*"))}
+    storage.publish(tmp_path / "new", tmp_path / "final")
+    place = disk.index("new")
+    assert set(disk[:place]) == inside
+    assert disk[place + 1 :] == [tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("name", ["a", "b", "inner", "inner/c", "."])
+def test_a_folder_of_which_anything_can_t_be_synced_does_not_appear(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new" / "inner").mkdir(parents=True)
+    for file in ("a", "b", "inner/c"):
+        (tmp_path / "new" / file).write_text(file)
+    bad, fsync = (tmp_path / "new" / name).stat().st_ino, os.fsync
+
+    def failing(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, "the disk failed")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StorageError, match="the disk failed"):
+        storage.publish(tmp_path / "new", tmp_path / "final")
+    assert not (tmp_path / "final").exists()
+
+
+def test_what_is_written_whole_is_the_old_file_until_it_is_the_new_one(tmp_path: Path) -> None:
+    spares = storage.Spares(tmp_path / "spare")
+    number = filled(tmp_path / "old").stat().st_ino
+    spares.give(tmp_path / "old")
+    storage.write_whole(tmp_path / "file", b"y" * (3 << 20), spares)
+    assert (tmp_path / "file").stat().st_ino == number
+    storage.write_whole(tmp_path / "file", b"short", spares)
+    assert (tmp_path / "file").read_bytes() == b"short"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("old")
+
+    def failing(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(StorageError, match="No space left"):
+        storage.write_whole(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
 def filled(path: Path, byte: bytes = b"x", num_bytes: int = 2 << 20) -> Path:
     path.write_bytes(byte * num_bytes)
     return path
@@ -423,6 +500,22 @@ def test_small_files_and_files_that_are_gone_are_no_spares(tmp_path: Path) -> No
     spares.give(tmp_path / "gone")
     assert not spares.take(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_there_are_never_many_spares(tmp_path: Path) -> None:
+    spares = storage.Spares(tmp_path / "spare")
+    for _ in range(70):
+        spares.give(filled(tmp_path / "old", num_bytes=1 << 20))
+    assert len(list((tmp_path / "spare").iterdir())) == 64
+    assert not (tmp_path / "old").exists()
+
+
+def test_for_a_few_bytes_no_spare_is_taken(tmp_path: Path) -> None:
+    spares = storage.Spares(tmp_path / "spare")
+    spares.give(filled(tmp_path / "old"))
+    assert not spares.take(tmp_path / "new", 1000)
+    assert not (tmp_path / "new").exists()
+    assert spares.take(tmp_path / "new", 1 << 20)
 
 
 def test_a_spare_takes_nobodys_place(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_submitters_jobs_may_hold_so_many_bytes(store: Store) -> None:
     add(store, "j1", size=60, most_bytes=100)
     with pytest.raises(AccessError, match="120 bytes"):
         add(store, "j2", size=60, most_bytes=100)
-    store.progressed("j1", 1, 90)
+    store.progressed("j1", 1, 90, "one done")
     with pytest.raises(AccessError):
         add(store, "j2", size=20, most_bytes=100)
     store.set_state("j1", "aborted")
@@ -139,7 +139,7 @@ def test_where_a_job_can_go(store: Store, before: str, after: str) -> None:
 def test_a_job_tells_when_and_why(store: Store) -> None:
     running(store)
     started = store.job("j1").started
-    store.progressed("j1", 2, 50)
+    store.progressed("j1", 2, 50, "two done")
     store.set_state("j1", "failed", "job demo: too few sites\0")
     job = store.job("j1")
     assert started
@@ -284,8 +284,8 @@ def test_a_site_that_leaves_is_not_asked_any_more(store: Store) -> None:
     store.leave("j1", "a", b"bye")
     store.leave("j1", "b", b"bye")
     store.leave("j1", "b", b"bye again")
-    assert store.left("a") == store.left("b") == {"j1"}
-    assert store.left("c") == set()
+    assert store.unfinished("a") == store.unfinished("b") == []
+    assert [job.id for job in store.unfinished("c")] == ["j1"]
     assert store.agenda("b") == []
     assert not store.answer(tasks["b"].task, "b", "done", b"", "up/2")
     now = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import toys
+from hansa.core.storage import Spares
 from hansa.core.values import Absence, Model, RoundRecord
 from hansa.errors import StorageError
 from hansa.runs.run import list_runs
@@ -136,6 +138,22 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     np.testing.assert_array_equal(found.model.params["w"], np.ones(3, np.float32))
     np.testing.assert_array_equal(found.state["velocity"]["w"], -np.ones(3, np.float32))
     assert sink.records() == [record(1, loss=1.0).as_json()]
+
+
+def test_checkpoints_are_written_over_those_that_are_gone(tmp_path):
+    spares = Spares(tmp_path / "spare")
+    sink = Checkpoints(tmp_path / "checkpoints", 1, "loss", "min", spares)
+    files = set()
+    for n in range(1, 9):
+        large = {"w": np.full(1 << 18, n, np.float32)}
+        sink.write(replace(record(n), model=Model.start(large), state={"velocity": large}))
+        folder = tmp_path / "checkpoints" / f"{n:06d}"
+        files |= {path.stat().st_ino for path in folder.iterdir() if path.stat().st_size >= 1 << 20}
+    assert len(list((tmp_path / "spare").iterdir())) <= 2
+    assert len(files) <= 4
+    found = sink.load()
+    assert found is not None
+    assert (found.model.params["w"] == 8).all()
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ async def test_the_same_bytes_after_the_agent_was_killed(tmp_path, monkeypatch, 
         await asyncio.wait_for(arrived.wait(), 60)
         first.send_signal(signal.SIGKILL)
         await first.wait()
-        (kept,) = (lab.site("s0") / "work" / "jobs" / id / "outbox").glob("*/update.hansa")
+        (kept,) = (lab.site("s0") / "work" / "jobs" / id / "outbox").glob("[!.]*.hansa")
         data = kept.read_bytes()
         received: set[bytes] = set()
         updates = lab.made.server / "jobs" / id / "work" / "updates"
@@ -760,11 +760,11 @@ async def test_a_disk_that_is_full_when_a_round_is_done(tmp_path, monkeypatch, p
     """What is trained is kept and not trained again; patience begins with the failure, however long the round took."""
     real, failed = Outbox.finish, []
 
-    def finish(self, task, outcome):
+    def finish(self, task, outcome, notes=()):
         if outcome == Outcome() and len(failed) < times:
             failed.append(task)
             raise StorageError("the disk is full")
-        return real(self, task, outcome)
+        return real(self, task, outcome, notes)
 
     monkeypatch.setattr(Outbox, "finish", finish)
     monkeypatch.setattr(agents, "PATIENCE_S", patience_s)

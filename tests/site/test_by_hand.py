@@ -102,9 +102,9 @@ def test_show(tmp_path, fed):
         site, "max_rounds = 3", more=f'[data.notes]\ntrain = "{tmp_path}/*.jsonl"\n[data.gone]\ntrain = "gone.jsonl"'
     )
     outbox = site / "work" / "jobs" / "toy-0001" / "outbox"
-    (outbox / "task").mkdir(parents=True)
-    (outbox / ".begun").mkdir()
-    (outbox / "task" / "update.hansa").write_bytes(b"x" * 10)
+    outbox.mkdir(parents=True)
+    (outbox / ".begun.hansa").write_bytes(b"")
+    (outbox / "task.hansa").write_bytes(b"x" * 10)
     done = process(tmp_path, "site", "show", str(site), "--json")
     assert done.code == 0, done.err
     found = done.json

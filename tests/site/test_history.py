@@ -31,7 +31,8 @@ def test_one_plan_a_round(tmp_path, bundle):
     for _ in range(2):  # the second time after a restart
         history = History(tmp_path / "history", bundle, "toy-1")
         history.check(given("a"))
-        history.note(given("a"))
+        note = history.note(given("a"))
+        assert note.read_text().count('"plan":"a"') == 1
         history.check(given("a"))
         with pytest.raises(PolicyError, match="round 1 of 'toy'"):
             history.check(given("b"))

@@ -14,7 +14,9 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,9 +68,38 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise full(path, error) from error
 
 
+def write_whole(path: Path, data: bytes, spares: Spares | None = None) -> None:
+    """Write ``data`` to ``path`` so that whoever looks finds all of it or what was there before; it is not durable.
+
+    Args:
+        path: where to; of two writers of one path, only one at a time.
+        data: what.
+        spares: files that a large one may be written over.
+
+    Raises:
+        StorageError: the disk is full or the folder can't be written.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        if spares is not None:
+            temporary.unlink(missing_ok=True)
+            spares.take(temporary, len(data))
+        with rewritten(temporary) as file:
+            file.write(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise full(path, error) from error
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NumPy numbers become plain ones, and NaN becomes null."""
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2) + b"\n")
+    """Write ``value`` as JSON (:func:`to_json`), atomically."""
+    write_atomic(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """Return ``value`` as indented JSON; NumPy numbers become plain ones, and NaN becomes null."""
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2) + b"\n"
 
 
 def link(source: Path, target: Path) -> None:
@@ -115,7 +146,34 @@ def full(path: Path, error: OSError) -> StorageError:
 
 def sync_directory(path: Path) -> None:
     """Make renames inside ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    _sync(path)
+
+
+def sync(paths: Collection[Path]) -> None:
+    """Make files, and what folders list, durable; all of it is when this returns.
+
+    They are synced at once, in threads: a disk does that in about the time of one.
+
+    Raises:
+        OSError: one can't be opened or synced; none may be taken for durable then.
+    """
+    first, *others = paths
+    syncing = [_syncing().submit(_sync, path) for path in others]
+    try:
+        _sync(first)
+    finally:
+        wait(syncing)
+    for done in syncing:
+        done.result()
+
+
+@cache
+def _syncing() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(8, "sync")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
@@ -134,6 +192,7 @@ SPARES = "spare"
 """What a folder of spares is called."""
 
 _WORTH_BYTES = 1 << 20
+_MOST = 64
 
 
 class Spares:
@@ -141,7 +200,8 @@ class Spares:
     tenth of a new one, which the system has to find, clear and give a place on the disk.
 
     A file is used again only if it has no other name and nobody has it open or mapped: so what somebody reads stays as
-    it was, as it does when a file is deleted. Files that can't be used so are deleted.
+    it was, as it does when a file is deleted. Files that can't be used so are deleted, small ones too, and those that
+    come when there are more than anybody takes.
 
     Args:
         directory: where they lie, on the file system of those that come and go; several processes may share it.
@@ -155,12 +215,22 @@ class Spares:
         with contextlib.suppress(OSError):
             if path.stat().st_size >= _WORTH_BYTES:
                 self._directory.mkdir(exist_ok=True)
-                path.rename(self._directory / secrets.token_hex(8))
+                if len(self._found()) < _MOST:
+                    path.rename(self._directory / secrets.token_hex(8))
+                    return
         path.unlink(missing_ok=True)
 
-    def take(self, path: Path) -> bool:
-        """Make a spare file ``path``, whatever it holds; False where there is none, or ``path`` is there already."""
-        for spare in self._found():
+    def take(self, path: Path, num_bytes: int = _WORTH_BYTES) -> bool:
+        """Make a spare file ``path``, whatever it holds.
+
+        Args:
+            path: the file that is to be; one that is there already stays.
+            num_bytes: how much is to be written; for a few bytes none is taken.
+
+        Returns:
+            Whether there is one now, to be written over.
+        """
+        for spare in self._found() if num_bytes >= _WORTH_BYTES else []:
             mine = spare.with_name(f".{spare.name}")
             with contextlib.suppress(OSError):
                 spare.rename(mine)  # of several who want it one succeeds
@@ -222,13 +292,7 @@ def publish(temporary: Path, final: Path) -> None:
         StorageError: the disk is full or the folder can't be written.
     """
     try:
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            else:
-                sync_directory(path)
-        sync_directory(temporary)
+        sync([temporary, *temporary.rglob("*")])
         if final.exists():
             _swap(temporary, final)
             sync_directory(final.parent)

@@ -245,8 +245,12 @@ def read_parts(file: BinaryIO, envelope: Envelope) -> dict[str, dict[str, Array]
     }
 
 
-def open_parts(path: Path) -> tuple[Envelope, dict[str, Tree]]:
+def open_parts(path: Path, *, lazily: bool = False) -> tuple[Envelope, dict[str, Tree]]:
     """Return the header and the parts of a value in a file; those of a large value are read when they are asked for.
+
+    Args:
+        path: the file.
+        lazily: whether those of a small one are, too.
 
     Every chunk is checked each time it is read. The file is held open, so it may be deleted meanwhile.
 
@@ -257,7 +261,7 @@ def open_parts(path: Path) -> tuple[Envelope, dict[str, Tree]]:
     try:
         with path.open("rb") as file:
             envelope = read_envelope(file)
-            if sum(spec.num_bytes for _, _, spec in envelope.tensors()) <= trees.LARGE:
+            if not lazily and sum(spec.num_bytes for _, _, spec in envelope.tensors()) <= trees.LARGE:
                 return envelope, dict(read_parts(file, envelope))
             return envelope, _Stored(path, file.fileno(), file.tell(), envelope).parts()
     except OSError as error:
@@ -408,9 +412,9 @@ def read_plan(file: BinaryIO) -> Plan:
     return _plan(meta, read_parts(file, envelope))
 
 
-def open_plan(path: Path) -> Plan:
+def open_plan(path: Path, *, lazily: bool = False) -> Plan:
     """Return the plan in a file; a large one's tensors are read when they are asked for (:func:`open_parts`)."""
-    envelope, parts = open_parts(path)
+    envelope, parts = open_parts(path, lazily=lazily)
     return _plan(_meta(envelope, "plan", _PlanMeta), parts)
 
 

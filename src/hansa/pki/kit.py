@@ -67,6 +67,7 @@ class Kit:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._lock = threading.RLock()
+        self._watched = [str(directory / name) for name in (CERTIFICATE, ROSTER, AUTHORITY, KEY, NEXT_KEY)]
         self._stamp = self._stamps()
         self._files = self._load(None)
 
@@ -190,7 +191,7 @@ class Kit:
             return self._files
 
     def _stamps(self) -> _Stamp:
-        return tuple(_stamp(self.directory / name) for name in (CERTIFICATE, ROSTER, AUTHORITY, KEY, NEXT_KEY))
+        return tuple(map(_stamp, self._watched))
 
     def _load(self, held: _Files | None) -> _Files:
         certificate_pem = keys.read(self.directory / CERTIFICATE)
@@ -262,7 +263,7 @@ def _settle(directory: Path) -> None:
         path.replace(directory / KEY)
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: str) -> tuple[int, int, int] | None:
     try:
         status = os.stat(path)  # noqa: PTH116 - made at every call, and pathlib takes twice as long
     except OSError:

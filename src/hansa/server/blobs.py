@@ -28,6 +28,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,14 +108,10 @@ class Folder:
     def keep(self, key: str) -> None:
         """Sync the file and the entries that lead to it."""
         path = self.path(key)
-        with _reported(path), path.open("rb") as file:
-            os.fsync(file.fileno())
-            storage.sync_directory(path.parent)
-            for folder in path.parents:
-                if folder == self.directory or folder in self._entered:
-                    break
-                storage.sync_directory(folder.parent)
-                self._entered.add(folder)
+        new = list(takewhile(lambda folder: folder not in (self.directory, *self._entered), path.parents))
+        with _reported(path):
+            storage.sync({path, path.parent, *(folder.parent for folder in new)})
+        self._entered.update(new)
 
     def fetch(self, key: str) -> Path:
         """Return the file's path, if it is there."""

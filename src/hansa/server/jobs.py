@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import shutil
 import threading
 import time
@@ -403,11 +404,10 @@ class _Notes:
         """Note a finished round, which is on disk."""
         self.rounds += 1
         self._blobs.mirror(self._jobs.key(self._id))
-        self._store.progressed(self._id, record.round, size_of(self._jobs.folder(self._id)))
         self._metrics.finished_round(record.seconds)
         metrics = ", ".join(f"{name} {number(value)}" for name, value in record.metrics.items())
         text = f"round {record.round}: {len(record.accepted)} of {len(record.asked)} sites, {metrics}"
-        self._store.event(self._id, "round", text)
+        self._store.progressed(self._id, record.round, size_of(self._jobs.folder(self._id)), text)
 
     def doing(self, site: str, text: str) -> None:
         """What sites are at is on the desk."""
@@ -420,9 +420,13 @@ class _Notes:
 def size_of(folder: Path) -> int:
     """Return the bytes of all files in a folder."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # updates come and go
-            total += path.stat().st_size
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:  # updates come and go
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                total += size_of(Path(entry.path))
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    total += entry.stat(follow_symlinks=False).st_size
     return total
 
 

@@ -296,12 +296,7 @@ class Service:
 
     def _agenda(self, site: str, have: frozenset[str]) -> Agenda:
         sequence = self._desk.sequence(site)
-        left = self._store.left(site)
-        jobs = {
-            row.id: row
-            for row in self._store.jobs()
-            if row.state != "finished" and row.id not in left and site in self._sites_of(row.id)
-        }
+        jobs = {row.id: row for row in self._store.unfinished(site) if site in self._sites_of(row.id)}
         room = 16 * INLINE_BYTES
         assignments = []
         for row in self._store.agenda(site):
@@ -357,7 +352,7 @@ class Service:
         key = update_key(row.job, row.task, said.upload or "")
         path = self._blobs.path(key)
         if said.inline is not None:
-            _write(path, said.inline)
+            storage.write_whole(path, said.inline, self._spares(row.job))
             self._metrics.received(len(said.inline))
         elif not path.exists():
             raise StorageError("The update that the answer names is not here; send it again.", job=row.job, site=site)
@@ -455,9 +450,11 @@ class Service:
         if job.secret_sums is None:  # else it is wider than the model that it is of
             most = min(self._settings.max_model_bytes or most, most)
         check = partial(self._check_update, row, path, num_bytes, most)
-        spares = storage.Spares(self._jobs.folder(row.job) / "work" / storage.SPARES)
         manifest = implied_bytes(manifest_bytes, encrypted=job.homomorphic_encryption is not None)
-        return Destination(path, most, manifest, check=check, spares=spares)
+        return Destination(path, most, manifest, check=check, spares=self._spares(row.job))
+
+    def _spares(self, job: str) -> storage.Spares:
+        return storage.Spares(self._jobs.folder(job) / "work" / storage.SPARES)
 
     def _check_bundle(self, caller: Identity, path: Path, manifest: Manifest) -> None:
         """Refuse a bundle that is mostly repetition, or more than its submitter may have at the server.
@@ -762,17 +759,6 @@ def implied_bytes(num_bytes: int, *, encrypted: bool = False) -> int:
     each element of at least two.
     """
     return (32 if encrypted else 4) * num_bytes + (1 << 20)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that :meth:`Blobs.keep` makes durable."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage.full(path, error) from error
 
 
 def _problem(path: Path, row: TaskRow) -> str | None:

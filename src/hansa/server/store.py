@@ -456,10 +456,11 @@ class Store:
                 connection.execute(tasks.update().where(missing & ~stands).values(state="replaced"))
             return _job(connection, id)
 
-    def progressed(self, id: str, round: int, size: int) -> None:
-        """Note the last finished round of a job and the bytes it now holds."""
+    def progressed(self, id: str, round: int, size: int, text: str) -> None:
+        """Note the last finished round of a job, with a line in its log, and the bytes it now holds."""
         with self._write() as connection:
             connection.execute(jobs.update().where(jobs.c.id == id).values(round=round, size=size))
+            _log(connection, id, "round", text)
 
     def delete_job(self, id: str) -> None:
         """Forget a job with its tasks and its log.
@@ -594,10 +595,12 @@ class Store:
                 connection.execute(leavers.insert().values(job=job, site=site, answer=answer))
             connection.execute(tasks.update().where(mine).values(state="missing", answer=answer))
 
-    def left(self, site: str) -> set[str]:
-        """Return the jobs that a site has left."""
+    def unfinished(self, site: str) -> list[JobRow]:
+        """Return the jobs that have not finished, but for those that a site has left, oldest first."""
+        gone = sa.exists().where((leavers.c.job == jobs.c.id) & (leavers.c.site == site))
+        query = sa.select(jobs).where(jobs.c.state != "finished", ~gone).order_by(jobs.c.number)
         with self._read() as connection:
-            return set(connection.execute(sa.select(leavers.c.job).where(leavers.c.site == site)).scalars())
+            return [JobRow(**_values(row)) for row in connection.execute(query)]
 
     def overdue(self, job: str, course: str, round: int) -> list[TaskRow]:
         """Return the overdue updates that ``round`` is to use: those that no round has claimed are now its own.
@@ -606,6 +609,9 @@ class Store:
         evaluated already.
         """
         mine = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.state == "overdue")
+        with self._read() as connection:
+            if not connection.execute(sa.select(sa.exists().where(mine))).scalar_one():
+                return []
         with self._write() as connection:
             if not connection.execute(sa.select(_judged(job, course, round))).scalar_one():
                 connection.execute(tasks.update().where(mine & tasks.c.claimed.is_(None)).values(claimed=round))
@@ -645,9 +651,7 @@ class Store:
     def event(self, job: str, kind: str, text: str) -> int:
         """Add a line to a job's log and return its number (JobError if there is no such job)."""
         with self._write() as connection:
-            _job(connection, job)
-            line = events.insert().values(job=job, time=now(), kind=kind, text=_clean(text)).returning(events.c.number)
-            return int(connection.execute(line).scalar_one())
+            return _log(connection, job, kind, text)
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[EventRow]:
         """Return the first ``limit`` lines of a job's log after number ``after``."""
@@ -728,6 +732,12 @@ def _job(connection: Connection, id: str) -> JobRow:
     if job is None:
         raise JobError(f"There is no job {id!r}. `hansa job list` lists them.")
     return job
+
+
+def _log(connection: Connection, job: str, kind: str, text: str) -> int:
+    _job(connection, job)
+    line = events.insert().values(job=job, time=now(), kind=kind, text=_clean(text)).returning(events.c.number)
+    return int(connection.execute(line).scalar_one())
 
 
 def _leavers(connection: Connection, job: str) -> dict[str, bytes]:

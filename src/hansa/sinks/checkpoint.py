@@ -11,13 +11,15 @@ A folder appears by one rename after all its files are durable. The last ``keep`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hansa.core import settle, storage, wire
+from hansa.core import tree as trees
+from hansa.core.tree import Tree
 from hansa.core.values import Model, RoundRecord, Snapshot
 from hansa.errors import StorageError, VersionError
 
@@ -40,7 +42,7 @@ class Checkpoints:
         directory: the folder of checkpoints.
         keep: how many of the latest stay.
         metric: selects the best round, by ``mode`` (``min`` or ``max``).
-        spares: who gets the files of checkpoints that are no longer needed.
+        spares: who gets the files of old checkpoints, over which new ones are written.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Checkpoints:
         except OSError as error:
             raise storage.full(temporary, error) from error
         if settle.MODEL not in record.files:
+            self._take_over(temporary / settle.MODEL, [record.model.params])
             storage.save_tree(temporary / settle.MODEL, record.model.params)
         if settle.STATE not in record.files:
+            self._take_over(temporary / settle.STATE, record.state.values())
             settle.save_state(temporary / settle.STATE, record.state)
         entry = _Record(
             FORMAT,
@@ -81,10 +85,15 @@ class Checkpoints:
             dict(record.acknowledged),
             record.as_json(),
         )
-        storage.write_json(temporary / "record.json", entry)
+        storage.write_whole(temporary / "record.json", storage.to_json(entry))
         storage.publish(temporary, self._directory / f"{record.round:06d}")
         self._note_best(record)
         self._prune()
+
+    def _take_over(self, path: Path, content: Iterable[Tree]) -> None:
+        """Make a file that is to hold ``content`` from a spare one, if there is one."""
+        if self._spares is not None:
+            self._spares.take(path, sum(map(trees.num_bytes, content)))
 
     def close(self) -> None:
         """Nothing is open."""

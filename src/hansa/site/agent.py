@@ -403,7 +403,7 @@ class Agent:
                     _LOG.info("%s: begun (%s, round %d of %s)", given.task, given.kind, given.round, given.job)
                     outcome = await job.answer(connection, given, lambda phase: self._at(given.task, phase))
                     self._at(given.task, "sending")
-                return await whole(partial(job.outbox.finish, given.task, outcome))
+                return await whole(partial(job.finish, given, outcome))
             except HansaError as error:
                 _LOG.warning("%s: tried again: %s", given.task, error.message)
                 reason = error.message

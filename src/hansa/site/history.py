@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 from collections.abc import Collection
 from datetime import datetime, timedelta
@@ -91,7 +90,7 @@ class History:
                 else:
                     _check_horizon(folder, bundle.created)
                     self._append(file, _Job(job, bundle.created))
-                    storage.sync_directory(folder)
+                    storage.sync([self._path, folder])
                 for line in lines:
                     said = msgspec.json.decode(line, type=_Answered)
                     self._answered[said.step] = said.plan
@@ -139,21 +138,21 @@ class History:
             if (kind, name) == ("train", course)
         }
 
-    def note(self, given: Assignment) -> None:
-        """Remember, durably, that the plan is answered; before the answer can leave.
+    def note(self, given: Assignment) -> Path:
+        """Write down that the plan is answered, and return the file: it is to be synced before the answer can leave.
 
         Raises:
             StorageError: the disk is full.
         """
         step = _step(given)
-        if step in self._answered:
-            return
-        try:
-            with self._path.open("r+b") as file:
-                self._append(file, _Answered(step, given.plan))
-        except OSError as error:
-            raise storage.full(self._path, error) from error
-        self._answered[step] = given.plan
+        if step not in self._answered:
+            try:
+                with self._path.open("r+b") as file:
+                    self._append(file, _Answered(step, given.plan))
+            except OSError as error:
+                raise storage.full(self._path, error) from error
+            self._answered[step] = given.plan
+        return self._path
 
     def _append(self, file: BinaryIO, line: msgspec.Struct) -> None:
         data = msgspec.json.encode(line) + b"\n"
@@ -161,7 +160,6 @@ class History:
         file.seek(self._size)
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
         self._size += len(data)
 
 

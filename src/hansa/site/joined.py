@@ -62,7 +62,7 @@ from hansa.secagg.agreement import number_of
 from hansa.secagg.protocol import Terms, unpack
 from hansa.site import budget, policy
 from hansa.site.history import History
-from hansa.site.outbox import UPDATE, Outbox, Outcome
+from hansa.site.outbox import Entry, Outbox, Outcome
 from hansa.site.settings import SiteSettings
 from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
@@ -127,6 +127,7 @@ class JoinedJob:
         self._account: budget.Account | None = None
         self._examples: int | None = None
         self._charged: int | None = None
+        self._bundle: str | None = None
         self._job: Job | None = None
         self._admitted_by = -1
         self._joining = asyncio.Lock()
@@ -138,7 +139,7 @@ class JoinedJob:
         self._worker = WarmWorker(site, settings, directory, self._secagg)
 
     async def answer(self, connection: Connection, given: Assignment, told: Callable[[str], None]) -> Outcome:
-        """Do what is assigned, its update going to the outbox's folder of the task; a failure of it is an outcome.
+        """Do what is assigned, its update going to the outbox; a failure of it is an outcome.
 
         Args:
             connection: where bundle and plan come from.
@@ -150,7 +151,7 @@ class JoinedJob:
         """
         self._wanted[self._plan_path(given)] += 1
         try:
-            folder = self.outbox.begin(given.task)
+            out = self.outbox.begin(given.task)
             told("receiving")
             job = await self._join(connection, given)
             if given.kind in PHASES:
@@ -164,7 +165,7 @@ class JoinedJob:
                     found = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
                     assert isinstance(found, messages.Inspected), found
                     return Outcome(inspected=Inspected(found.counts, found.labels))
-                return await self._perform(job, given, *plan, folder / UPDATE)
+                return await self._perform(job, given, *plan, out)
         except (PolicyError, WireError) as error:
             return refused(self._filtered(given, error.message))
         except SiteError as error:
@@ -178,16 +179,29 @@ class JoinedJob:
             self._last = time.monotonic()
             self._wanted -= Counter([self._plan_path(given)])
 
+    def finish(self, given: Assignment, outcome: Outcome) -> Entry:
+        """Make an answer durable, an update together with the note that its plan is answered, and return it.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        if outcome != Outcome():
+            return self.outbox.finish(given.task, outcome)
+        assert self._history is not None, "the job was joined"
+        return self.outbox.finish(given.task, outcome, [self._history.note(given)])
+
     async def _join(self, connection: Connection, given: Assignment) -> Job:
         """Return the job as this site runs it, its bundle checked by the roster and settings of now."""
         async with self._joining:
             path = self._directory / "bundle.zip"
-            described = path.with_suffix(".manifest")
-            manifest = await whole(partial(_read_manifest, described))
-            if manifest is not None and manifest.digest != given.bundle:
+            if self._bundle is None:
+                manifest = await whole(partial(_read_manifest, path.with_suffix(".manifest")))
+                self._bundle = None if manifest is None else manifest.digest
+            if self._bundle not in (None, given.bundle):
                 raise PolicyError("The server gave this job another bundle than the one that it began with.")
-            if manifest is None or not path.exists():
+            if self._bundle is None or not path.exists():
                 await self._fetch(connection, given.bundle, path, await whole(self._other_bundles), durable=True)
+                self._bundle = given.bundle
             version = self._kit.roster().version
             if self._job is None:
                 self._job = await whole(partial(self._unpacked, path))
@@ -296,7 +310,7 @@ class JoinedJob:
         """
         path = await self._received(connection, given)
         try:
-            plan = await whole(partial(wire.open_plan, path))
+            plan = await whole(partial(wire.open_plan, path, lazily=True))
         except WireError as error:
             await self._check_disk(path, given)
             raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
@@ -307,16 +321,19 @@ class JoinedJob:
         """Return the file of a plan or message, as the server has sent it."""
         path = self._plan_path(given)
         if path not in self._sound or not path.exists():
-            if not await whole(partial(_is_whole, path, given)):
-                if given.inline:
-                    policy.check_size(len(given.inline), self._settings.policy)
-                    await whole(lambda: _write(path, given.inline))
-                else:
-                    await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
             if given.inline:
-                await whole(partial(_check_announced, path, given))
+                await whole(partial(self._put, path, given))
+            elif not await whole(partial(_is_whole, path, given)):
+                await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
             self._sound.add(path)
         return path
+
+    def _put(self, path: Path, given: Assignment) -> None:
+        """Write a small plan or message, which came with its assignment, if it is one as was announced."""
+        if not _is_whole(path, given):
+            policy.check_size(len(given.inline), self._settings.policy)
+            storage.write_whole(path, given.inline, self._spares)
+        _check_announced(path, given)
 
     async def _check_disk(self, path: Path, given: Assignment) -> None:
         """Raise StorageError if it was this disk that made a plan unreadable."""
@@ -346,7 +363,7 @@ class JoinedJob:
             raise SiteError(f"The server's file is damaged: {error.message}") from error
         except WireError as error:
             raise PolicyError(f"What the server sends was not accepted: {error.message}") from error
-        write = storage.write_atomic if durable else _write
+        write = storage.write_atomic if durable else storage.write_whole
         await whole(partial(write, path.with_suffix(".manifest"), manifest.encode()))
 
     def _other_plans(self) -> list[tuple[Path, Manifest]]:
@@ -364,13 +381,21 @@ class JoinedJob:
             if path.name.partition(".")[0] not in wanted:
                 self._spares.give(path)
 
+    def _make_room(self, job: Job, given: Assignment, path: Path, out: Path) -> None:
+        """Free what is needed no more, and see to it that there is room for an update.
+
+        Raises:
+            StorageError: there is none.
+        """
+        self._forget_plans(path)
+        if given.kind != "train" or not self._spares.take(out, path.stat().st_size):
+            _check_room(out.parent, path, _times(job))
+
     async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
         assert self._history is not None, "the job was joined"
         self._history.check(given, once=given.kind == "train" and budget.draws_noise(job))
         form = course_form(job, given.course, given.kind, self._site)
-        await whole(lambda: self._forget_plans(path))
-        if given.kind != "train" or not await whole(partial(self._spares.take, out)):
-            _check_room(out.parent, path, _times(job))
+        await whole(partial(self._make_room, job, given, path, out))
         if given.kind == "train" and job.privacy is not None:
             budget.check_turn(job, self._history.trained(given.course), given.round)
             await self._charge(job, given)
@@ -415,7 +440,6 @@ class JoinedJob:
             if self._honest(job, given) != self._charged:
                 raise PolicyError("Another session of secure aggregation has begun. The update was not sent.")
             await whole(partial(self._account.sent, job, given.task))
-        await whole(partial(self._history.note, given))
         return Outcome()
 
     async def _charge(self, job: Job, given: Assignment) -> None:
@@ -551,14 +575,3 @@ def _check_announced(path: Path, given: Assignment) -> None:
         pass
     path.unlink(missing_ok=True)
     raise PolicyError("The server sent another plan than it announced.")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that can be had again: whole or not at all, but not durable."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage.full(path, error) from error

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished answers, durable before their first byte leaves, so that no retry and no restart trains again.
 
-    outbox/TASK/answer.msgpack     what became of the task
-    outbox/TASK/update.hansa       the update, where there is one
+    outbox/TASK.hansa      the update that answers the task
+    outbox/TASK.msgpack    what became of a task that has none
 
-A folder appears by one rename after its files are durable, and goes when the server has acknowledged the answer.
+A file appears by one rename after it is durable, and goes when the server has acknowledged the answer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from hansa.core import storage
 from hansa.errors import StorageError
 from hansa.transport.messages import Inspected, Missing
 
-ANSWER, UPDATE = "answer.msgpack", "update.hansa"
+_ANSWER, _UPDATE = ".msgpack", ".hansa"
 
 
 class Outcome(msgspec.Struct):
@@ -53,7 +52,7 @@ class Outbox:
         self._spares = spares
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.glob(".*"):  # what was being written when the agent was killed
-            shutil.rmtree(path, ignore_errors=True)
+            path.unlink()
 
     def find(self, task: str) -> Entry | None:
         """Return the finished answer to ``task``, if there is one.
@@ -61,59 +60,63 @@ class Outbox:
         Raises:
             StorageError: it is there and can't be read.
         """
-        folder = self._directory / task
-        if not folder.is_dir():
-            return None
+        update, answer = self._directory / f"{task}{_UPDATE}", self._directory / f"{task}{_ANSWER}"
+        if update.exists():
+            return Entry(Outcome(), update)
         try:
-            outcome = msgspec.msgpack.decode((folder / ANSWER).read_bytes(), type=Outcome)
+            return Entry(msgspec.msgpack.decode(answer.read_bytes(), type=Outcome), None)
+        except FileNotFoundError:
+            return None
         except (OSError, msgspec.MsgspecError) as error:
-            raise StorageError(f"The finished answer in {folder} can't be read: {error}.") from error
-        update = folder / UPDATE
-        return Entry(outcome, update if update.exists() else None)
+            raise StorageError(f"The finished answer in {answer} can't be read: {error}.") from error
 
     def begin(self, task: str) -> Path:
-        """Return an empty folder in which the answer is made; an update goes to ``UPDATE`` in it.
+        """Return where an update that answers ``task`` is to be made; nothing is there.
 
         Raises:
-            StorageError: the disk is full or the folder can't be written.
+            StorageError: what was there can't be deleted.
         """
-        folder = self._directory / f".{task}"
+        path = self._directory / f".{task}{_UPDATE}"
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            path.unlink(missing_ok=True)
         except OSError as error:
-            raise storage.full(folder, error) from error
-        return folder
+            raise storage.full(path, error) from error
+        return path
 
-    def finish(self, task: str, outcome: Outcome) -> Entry:
+    def finish(self, task: str, outcome: Outcome, notes: Sequence[Path] = ()) -> Entry:
         """Make the answer durable and return it.
+
+        Args:
+            task: what is answered.
+            outcome: what became of it; if nothing else, the update has been made where `begin` said.
+            notes: files that must be durable before there is an update.
 
         Raises:
             StorageError: the disk is full.
         """
-        folder = self._directory / f".{task}"
+        made, update = self._directory / f".{task}{_UPDATE}", self._directory / f"{task}{_UPDATE}"
         try:
-            if outcome.missing is not None:  # what lies there is half an update, or a spare file
-                (folder / UPDATE).unlink(missing_ok=True)
-            (folder / ANSWER).write_bytes(msgspec.msgpack.encode(outcome))
+            if outcome == Outcome():
+                storage.sync([made, *notes])
+                made.rename(update)
+                storage.sync_directory(self._directory)
+                return Entry(outcome, update)
+            made.unlink(missing_ok=True)  # half an update, or a spare file
         except OSError as error:
-            raise storage.full(folder, error) from error
-        storage.publish(folder, self._directory / task)
-        entry = self.find(task)
-        assert entry is not None, "it was just put there"
-        return entry
+            raise storage.full(update, error) from error
+        storage.write_atomic(self._directory / f"{task}{_ANSWER}", msgspec.msgpack.encode(outcome))
+        return Entry(outcome, None)
 
     def acknowledged(self, task: str) -> None:
         """Forget the answer: it is durable at the server, or nobody waits for it."""
-        gone = self._directory / f".{task}"
-        with contextlib.suppress(OSError):  # renamed first, so that a crash leaves it whole or out of sight
-            (self._directory / task).rename(gone)
-            self._spares.give(gone / UPDATE)
-        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._spares.give(self._directory / f"{task}{_UPDATE}")
+            for name in (f"{task}{_ANSWER}", f".{task}{_UPDATE}"):
+                (self._directory / name).unlink(missing_ok=True)
 
     def keep_only(self, tasks: Iterable[str]) -> None:
         """Forget the answers that nobody waits for any more."""
         wanted = set(tasks)
         for path in self._directory.iterdir():
-            if path.name not in wanted and not path.name.startswith("."):
-                self.acknowledged(path.name)
+            if path.stem not in wanted and not path.name.startswith("."):
+                self.acknowledged(path.stem)
