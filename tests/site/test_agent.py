@@ -827,11 +827,11 @@ async def test_a_plan_that_is_damaged_while_it_is_needed(tmp_path, monkeypatch):
     real = wire.open_plan
     tries = []
 
-    def spoilt(path: Path) -> Plan:
+    def spoilt(path: Path, *, lazily: bool) -> Plan:
         tries.append(path)
         if len(tries) == 1:
             path.write_bytes(path.read_bytes()[:1000])
-        return real(path)
+        return real(path, lazily=lazily)
 
     monkeypatch.setattr(wire, "open_plan", spoilt)
     async with loopback(tmp_path) as lab:

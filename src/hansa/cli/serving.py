@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -68,6 +69,9 @@ def attend(directory: Path, *, as_json: bool) -> None:
 
 
 def _ready(as_json: bool, document: dict[str, Any], text: str) -> None:
+    """Say that the command is at work; the garbage collector need not look at what it consists of by now."""
+    gc.collect()
+    gc.freeze()
     if as_json:
         sys.stdout.write(json.dumps(document) + "\n")
         sys.stdout.flush()

@@ -69,6 +69,29 @@ _MOVES: dict[JobState, tuple[JobState, ...]] = {
 LATE_ROUNDS = 8
 """A late update is waited for so many rounds; what has to be kept for it is one plan a round."""
 
+# Statements that every round needs for every site: to put one together takes longer than to carry it out.
+_JOB = sa.select(jobs).where(jobs.c.id == sa.bindparam("id"))
+_TASK = sa.select(tasks).where(tasks.c.task == sa.bindparam("task"))
+_TASKS = (
+    sa.select(tasks).where(tasks.c.job == sa.bindparam("job"), tasks.c.state != "replaced").order_by(tasks.c.number)
+)
+_TASKS_OF_KIND = _TASKS.where(tasks.c.kind == sa.bindparam("kind"))
+_AGENDA = (
+    sa.select(tasks)
+    .join(jobs, jobs.c.id == tasks.c.job)
+    .where(tasks.c.site == sa.bindparam("site"), tasks.c.state.in_(("open", "late")), jobs.c.state == "running")
+    .order_by(tasks.c.number)
+)
+_UNFINISHED = (
+    sa.select(jobs)
+    .where(
+        jobs.c.state != "finished",
+        ~sa.exists().where((leavers.c.job == jobs.c.id) & (leavers.c.site == sa.bindparam("site"))),
+    )
+    .order_by(jobs.c.number)
+)
+_OWNER = sa.select(owner.c.token).with_for_update(read=True)
+
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000
 _ADVISORY_LOCK = 0x68616E7361  # "hansa"
@@ -302,7 +325,8 @@ class Store:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._reported(), self._engine.begin() as connection:
+        """Give a connection to read by; what one statement reads is of one moment."""
+        with self._reported(), self._engine.connect() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -310,7 +334,7 @@ class Store:
         assert self._token, "this store is for reading only"
         with self._writing, self._reported(), self._writer.begin() as connection:
             # The row is locked until the end, so a server that takes over waits for what this one has begun.
-            token = connection.execute(sa.select(owner.c.token).with_for_update(read=True)).scalar_one()
+            token = connection.execute(_OWNER).scalar_one()
             if token != self._token:
                 raise StorageError(f"Another server has taken over the database {self._name}. Stop this one.")
             yield connection
@@ -564,27 +588,19 @@ class Store:
     def task(self, task: str) -> TaskRow | None:
         """Return one task, or None if it is not known (any more)."""
         with self._read() as connection:
-            row = connection.execute(sa.select(tasks).where(tasks.c.task == task)).one_or_none()
+            row = connection.execute(_TASK, {"task": task}).one_or_none()
         return None if row is None else _task(row)
 
     def tasks(self, job: str, kind: TaskKind | None = None) -> list[TaskRow]:
         """Return a job's tasks, replaced ones aside, in the order in which they were first asked for."""
-        query = sa.select(tasks).where(tasks.c.job == job, tasks.c.state != "replaced").order_by(tasks.c.number)
-        if kind is not None:
-            query = query.where(tasks.c.kind == kind)
+        query, values = (_TASKS, {"job": job}) if kind is None else (_TASKS_OF_KIND, {"job": job, "kind": kind})
         with self._read() as connection:
-            return [_task(row) for row in connection.execute(query)]
+            return [_task(row) for row in connection.execute(query, values)]
 
     def agenda(self, site: str) -> list[TaskRow]:
         """Return what a site has to do for the jobs that are running; what is late is still welcome."""
-        query = (
-            sa.select(tasks)
-            .join(jobs, jobs.c.id == tasks.c.job)
-            .where(tasks.c.site == site, tasks.c.state.in_(("open", "late")), jobs.c.state == "running")
-            .order_by(tasks.c.number)
-        )
         with self._read() as connection:
-            return [_task(row) for row in connection.execute(query)]
+            return [_task(row) for row in connection.execute(_AGENDA, {"site": site})]
 
     def leave(self, job: str, site: str, answer: bytes) -> None:
         """Take a site out of a job for good; ``answer`` closes its tasks, those to come too (JobError: no such job)."""
@@ -597,10 +613,8 @@ class Store:
 
     def unfinished(self, site: str) -> list[JobRow]:
         """Return the jobs that have not finished, but for those that a site has left, oldest first."""
-        gone = sa.exists().where((leavers.c.job == jobs.c.id) & (leavers.c.site == site))
-        query = sa.select(jobs).where(jobs.c.state != "finished", ~gone).order_by(jobs.c.number)
         with self._read() as connection:
-            return [JobRow(**_values(row)) for row in connection.execute(query)]
+            return [JobRow(**_values(row)) for row in connection.execute(_UNFINISHED, {"site": site})]
 
     def overdue(self, job: str, course: str, round: int) -> list[TaskRow]:
         """Return the overdue updates that ``round`` is to use: those that no round has claimed are now its own.
@@ -723,7 +737,7 @@ def _task(row: Row[Any]) -> TaskRow:
 
 
 def _find(connection: Connection, id: str) -> JobRow | None:
-    row = connection.execute(sa.select(jobs).where(jobs.c.id == id)).one_or_none()
+    row = connection.execute(_JOB, {"id": id}).one_or_none()
     return None if row is None else JobRow(**_values(row))
 
 
@@ -769,8 +783,9 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    immediate = connection.get_execution_options().get("immediate")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    """Begin a transaction that writes; what only reads is one statement, and needs none."""
+    if connection.get_execution_options().get("immediate"):
+        connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
 
 def _prepare_postgres(connection: Any, _: object) -> None:
