@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -137,6 +139,33 @@ async def test_an_answer_names_the_very_file_that_it_means(federation, site, lea
     await site.call(Answer(id, given.task, upload=digest))
     await site.upload(id, given.task, junk, describe(junk))
     assert describe(junk).digest not in "".join(arrived(federation, id))
+    await site.call(inline(await asked(site, "evaluate"), "s1"))
+    view = await lead.wait(id)
+    assert view.line.state == "finished", view.line.error
+
+
+@pytest.mark.parametrize("unsynced", ["the file", "its entry"])
+async def test_an_update_that_a_power_cut_could_take_is_not_acknowledged(federation, site, lead, monkeypatch, unsynced):
+    """It is neither accepted nor refused: the task stays open, and the same answer is taken when the disk works."""
+    id = await lead.submit(job(rounds=1, cohort={"sites": ["s1"]}))
+    given = await asked(site, "train")
+    answer = inline(given, "s1")
+    updates = federation.made.server / "jobs" / id / "work" / "updates"
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path == (updates / f"{given.task}.hansa" if unsynced == "the file" else updates):
+            raise OSError(errno.EIO, "the disk failed")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(StorageError, match="the disk failed"):
+            await site.call(answer)
+    agenda = await site.call(AskAgenda([]))
+    assert [item.task for item in agenda.assignments] == [given.task]
+    await site.call(answer)
     await site.call(inline(await asked(site, "evaluate"), "s1"))
     view = await lead.wait(id)
     assert view.line.state == "finished", view.line.error

@@ -90,6 +90,16 @@ _UNFINISHED = (
     )
     .order_by(jobs.c.number)
 )
+_ANSWERS: dict[str, sa.Update] = {
+    state: tasks.update()
+    .where(tasks.c.task == sa.bindparam("asked"), tasks.c.site == sa.bindparam("who"), tasks.c.state.in_(before))
+    .values(state=after, answer=sa.bindparam("said"), update=sa.bindparam("key"))
+    for state, before, after in (
+        ("done", ("open", "late"), sa.case((tasks.c.state == "late", "overdue"), else_="done")),
+        ("missing", ("open", "late"), "missing"),
+        ("late", ("open",), "late"),
+    )
+}
 _OWNER = sa.select(owner.c.token).with_for_update(read=True)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -576,13 +586,9 @@ class Store:
             answer: what the site said, as JSON.
             update: the key of its update, which is durable.
         """
-        before = ("open",) if state == "late" else ("open", "late")
-        after = sa.case((tasks.c.state == "late", "overdue"), else_=state) if state == "done" else state
-        asked = (tasks.c.task == task) & (tasks.c.site == site) & tasks.c.state.in_(before)
+        values = {"asked": task, "who": site, "said": answer, "key": update}
         with self._write() as connection:
-            changed = connection.execute(
-                tasks.update().where(asked).values(state=after, answer=answer, update=update)
-            ).rowcount
+            changed = connection.execute(_ANSWERS[state], values).rowcount
         return changed == 1
 
     def task(self, task: str) -> TaskRow | None:
