@@ -45,7 +45,7 @@ def cost(elements: int) -> Cost:
     """Return what it costs to encrypt so many numbers.
 
     >>> cost(1_000_000).num_bytes / 4_000_000
-    8.028160...
+    8.02816
     """
     count = ckks.num_ciphertexts(elements)
     return Cost(elements, count * ckks.WORDS * 8, count * _SECONDS)
