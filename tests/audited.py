@@ -20,9 +20,18 @@ PERCEPTRON = {"name": "tabular-classification", "inputs": 64, "offset": 8.0, "sc
 CONVOLUTION = {**PERCEPTRON, "name": "audited:convolution"}
 
 
-def job(folder: Path, rows: int = 40, **more: Any) -> Job:
-    """Return a job on ``rows`` digits a site, of which it trains on four fifths; ``more`` replaces its sections."""
+def job(folder: Path, rows: int = 40, wrong: float = 0.0, **more: Any) -> Job:
+    """Return a job on ``rows`` digits a site, of which it trains on four fifths.
+
+    Args:
+        folder: for its files.
+        rows: see above.
+        wrong: the share of labels that are drawn by lot.
+        more: replaces its sections.
+    """
     x, y = load_digits(return_X_y=True)
+    drawn = np.random.default_rng(7)
+    y = np.where(drawn.random(len(y)) < wrong, drawn.integers(0, 10, len(y)), y)
     files = {}
     for place, site in enumerate(SITES):
         own, path = slice(place * rows, (place + 1) * rows), folder / f"{site}.npz"

@@ -54,6 +54,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     "attacks": {
         "canaries": "hansa.audit.canaries:attack",
         "inversion": "hansa.audit.inversion:attack",
+        "membership": "hansa.audit.membership:attack",
+        "text": "hansa.audit.text:attack",
     },
 }
 

@@ -153,6 +153,7 @@ class Subject:
         self,
         *,
         program: Program | None = None,
+        sites: Sequence[str] | None = None,
         params: Tree | None = None,
         rounds: int | None = None,
         seen: Callable[[Update], None] | None = None,
@@ -164,6 +165,7 @@ class Subject:
 
         Args:
             program: training code, and sites, in place of the job's.
+            sites: who there is; all of the program's sites by default.
             params: what training starts from; the attacked model by default.
             rounds: how many; the job's by default. ε is of all of the job's.
             seen: is called with every update as the server gets it; it is not to be changed.
@@ -178,12 +180,13 @@ class Subject:
         with tempfile.TemporaryDirectory(prefix="hansa-audit-") as folder:
             chosen = self.params if params is None else params
             watched = _Watch(job, program or self.program, chosen, seen, released, recorded, progress or Silent())
-            return asyncio.run(watched.rounds(Path(folder), self._course(program or self.program)))
+            course = self._course(program or self.program, sites)
+            return asyncio.run(watched.rounds(Path(folder), course))
 
-    def _course(self, program: Program) -> Course:
+    def _course(self, program: Program, sites: Sequence[str] | None = None) -> Course:
         job = self.job
-        sites = tuple(sorted(program.sites))
-        return Course(job.name, sites, job.strategy, tuple(job.filters), terms_of_job(job), job.secret_sums)
+        there = tuple(sorted(program.sites if sites is None else sites))
+        return Course(job.name, there, job.strategy, tuple(job.filters), terms_of_job(job), job.secret_sums)
 
     def check(self) -> None:
         """Raise what keeps the job from running, if anything does."""
