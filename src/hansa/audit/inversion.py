@@ -81,21 +81,21 @@ def attack(subject: Subject, generator: np.random.Generator, progress: Progress)
     begun = time.monotonic()
     program = uploads.transparent(subject)
     if program is None:
-        return Skipped(NAME, "a script's training examples can't be told apart.")
+        return Skipped(NAME, "A script's training examples can't be told apart.")
     first = program.batch(subject.sites[0], np.arange(1))
     key = _input(first)
     if key is None:
-        return Skipped(NAME, "the model takes tokens; the attack on texts is for them.")
+        return Skipped(NAME, "The model takes tokens; the attack on texts is for them.")
     way = _way(subject, program, key, first)
     if way is None:
         return Skipped(
-            NAME, "the model's first layer is not fully connected, and torch can't differentiate its gradient."
+            NAME, "The model's first layer is not fully connected, and torch can't differentiate its gradient."
         )
     progress.stage(NAME, way.tries + 2)
     strongest = uploads.alone(subject)
     tried = uploads.single_uploads(strongest, way.tries, generator, progress)
     if not tried:
-        return Skipped(NAME, "no site was asked, in many rounds, and none sent an update.")
+        return Skipped(NAME, "No site was asked, in many rounds, and none sent an update.")
     single = _single(strongest, program, key, way, tried, generator)
     own, summed = _own_round(subject, program, key, way, generator)
     progress.advance()
@@ -330,7 +330,7 @@ def _own_round(
     if not seen.uploads:
         return None, None
     own = found(seen.uploads[0].delta, [seen.uploads[0].site])
-    if subject.job.secure_aggregation is None:
+    if subject.job.secret_sums is None:
         return own, None
     return own, found(seen.total, [upload.site for upload in seen.uploads])
 

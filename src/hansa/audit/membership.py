@@ -54,7 +54,7 @@ from hansa.runs.progress import Progress
 from hansa.simulation.batched import chunks, perform_many
 from hansa.strategies.fedavg import fedavg
 
-NAME = "Membership inference"
+NAME = "membership inference"
 
 SHADOWS, FEW_SHADOWS = 48, 16
 """Models of a program whose shadows are one computation, or a small one; and of others."""
@@ -179,7 +179,7 @@ def is_alone(subject: Subject) -> bool:
     """Say whether the site's shadows are trained without the other sites."""
     job = subject.job
     counted = any(isinstance(amount, int) and amount > 1 for amount in (job.cohort.sample, job.cohort.quorum))
-    return not (job.secure_aggregation or job.strategy.robust or counted)
+    return not (job.secret_sums or job.strategy.robust or counted)
 
 
 def _trained(subject: Subject, site: str, rows: NDArray[np.int64]) -> Tree:

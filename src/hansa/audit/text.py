@@ -20,6 +20,8 @@ they hold more tokens than the model is wide: rows then tell more.
 | no attention layer by a known name is trained, and no embedding | skipped |
 | more tokens than dimensions | the span holds all tokens, and tells none |
 | adaptive local steps (Adam) | an update is no gradient: the span is blurred; rows that were not read stay still |
+| one layer, and a head that reads one position | the span is of one or two dimensions a head, and tells little |
+| a new model's first updates, in float32 | attention's gradient may be lost in rounding, and the span with it |
 | padding | it is read like any token, and counted |
 """
 
@@ -43,7 +45,7 @@ from hansa.core.tree import Array, Tree
 from hansa.recipes.finetune import FineTune
 from hansa.runs.progress import Progress
 
-NAME = "Text recovery"
+NAME = "text recovery"
 IDS = "input_ids"
 
 TRIES = 10
@@ -51,6 +53,9 @@ AT_ONCE = 512
 """Tokens of the vocabulary that are put through the model together."""
 NEW = 1e-3
 """How far from what was explained already an input lies at least that explains more."""
+STILL = 1e-6
+"""Of the row that moved most: what moved less was not read; if there are such rows, and only reading moves them, they
+tell all."""
 SHOWN, WIDTH = 3, 78
 FAMILIES = (
     ("q_proj", "k_proj", "v_proj"),
@@ -196,6 +201,7 @@ class Reader:
         processor: its tokenizer.
         vocabulary: how many tokens it embeds.
         embedding: the trained embedding's name and its weights; None where it is frozen.
+        tied: whether the embedding is the head as well.
         layers: its attention layers, in order, as far as they are trained.
         causal: whether it reads from left to right.
     """
@@ -204,6 +210,7 @@ class Reader:
     processor: Any
     vocabulary: int
     embedding: tuple[str, Array] | None
+    tied: bool
     layers: tuple[Layer, ...]
     causal: bool
 
@@ -222,14 +229,19 @@ class Reader:
         causal = type(every.get_base_model() if hasattr(every, "get_base_model") else every).__name__.endswith(
             "CausalLM"
         )
-        return cls(model, processor, int(weight.shape[0]), embedding, layers, causal or bool(every.config.is_decoder))
+        head = every.get_output_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is weight
+        return cls(
+            model, processor, int(weight.shape[0]), embedding, tied, layers, causal or bool(every.config.is_decoder)
+        )
 
     def found(self, delta: Tree, text: NDArray[np.int64]) -> Found:
         """Attack one update that came of one text."""
         truth, kinds = _membership(text, self.vocabulary), len(set(text.tolist()))
         rows = self.by_rows(delta)
         far = self.by_span(delta, len(text), kinds)
-        score = rows if far is None else -far.min(1)
+        still = rows is not None and not self.tied and float(rows.min()) < STILL * float(rows.max())
+        score = rows if far is None or still else -far.min(1)
         assert score is not None, "there is one of the two"
         tokens = np.argsort(-score, kind="stable")[:kinds]
         order = None if far is None else self._ordered(delta, far, tokens, len(text))
@@ -274,7 +286,7 @@ class Reader:
 
     def _ordered(self, delta: Tree, far: Values, tokens: NDArray[np.int64], length: int) -> list[int] | None:
         if far.shape[1] == length:
-            return [int(token) for token in far.argmin(0)]
+            return [int(token) for token in tokens[far[tokens].argmin(0)]]
         if not self.causal or len(self.layers) < 2:
             return None
         second = self.layers[1]
@@ -386,7 +398,7 @@ def _own_round(
         return []
     first = seen.uploads[0].site
     attacked = [("an upload", seen.uploads[0].delta, np.concatenate(texts[first]))]
-    if subject.job.secure_aggregation is not None:
+    if subject.job.secret_sums is not None:
         every = [np.concatenate(texts[upload.site]) for upload in seen.uploads]
         attacked.append(("the sum", seen.total, np.concatenate(every)))
     nothing = uploads.noise(subject.params, generator)

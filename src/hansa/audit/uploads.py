@@ -106,6 +106,7 @@ def read(update: Update, params: Tree) -> dict[str, Array]:
     vector = np.concatenate(found)
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     vector = np.resize(vector, size) if vector.size < size else vector[vector.size - size :]
+    vector -= vector.mean()  # residues of a ciphertext are all positive, and would pass for a bright image
     vector /= max(float(np.abs(vector).max()), 1e-300)
     return _shaped(vector, shapes)
 
@@ -137,14 +138,14 @@ def alone(subject: Subject) -> Subject:
 
 def unprotected(subject: Subject) -> Subject:
     """Return the job without clip, noise and masks, to show what they keep from the server."""
-    job = subject.job.model_copy(update={"privacy": None, "secure_aggregation": None, "filters": []})
-    return subject.of(job)
+    hidden = {"privacy": None, "secure_aggregation": None, "homomorphic_encryption": None}
+    return subject.of(subject.job.model_copy(update={**hidden, "filters": []}))
 
 
 def is_protected(subject: Subject) -> bool:
     """Say whether uploads pass anything on their way that hides or changes them."""
     job = subject.job
-    return bool(job.privacy or job.secure_aggregation or job.filters)
+    return bool(job.privacy or job.secret_sums or job.filters)
 
 
 def single_uploads(
@@ -224,7 +225,7 @@ def verdict(subject: Subject, upload: bool, total: bool, broken: bool) -> Verdic
         total: whether a sum of them did, where only sums are to be seen.
         broken: whether a measure is above its bound.
     """
-    if broken or (upload and subject.job.secure_aggregation is not None):
+    if broken or (upload and subject.job.secret_sums is not None):
         return "fails"
     promised = subject.promised("the server") is not None
     return "leaks" if (upload or total) and not promised else "holds"
