@@ -28,7 +28,10 @@ LINES = (
     "A bird sang in a tree.",
     "Ben saw a stone by the sea.",
 )
-DEEP_BERT = {**BERT, "config": {**BERT["config"], "num_hidden_layers": 2, "initializer_range": 0.2}}
+DEEP_BERT = {
+    **BERT,
+    "config": {**BERT["config"], "num_hidden_layers": 2, "initializer_range": 0.2, "hidden_dropout_prob": 0.0},
+}
 """The first layer's gradient shows all positions, the last one's that which the head reads; attention is no mean."""
 SGD = {"optimizer": "sgd", "lr": 0.1, "batch_size": 2, "epochs": 1}
 

@@ -22,6 +22,7 @@ they hold more tokens than the model is wide: rows then tell more.
 | adaptive local steps (Adam) | an update is no gradient: the span is blurred; rows that were not read stay still |
 | one layer, and a head that reads one position | the span is of one or two dimensions a head, and tells little |
 | a new model's first updates, in float32 | attention's gradient may be lost in rounding, and the span with it |
+| dropout before the first layer | its inputs are not quite those that the attacker works out: the span is blurred |
 | padding | it is read like any token, and counted |
 """
 
