@@ -50,7 +50,7 @@ Phase = Literal[MaskPhase, KeyPhase]
 
 
 class SecureLine(Protocol):
-    """The way of secure aggregation's messages between a workflow and the sites."""
+    """The way of the messages of secret sums between a workflow and the sites: by masks, or encrypted."""
 
     @property
     def checker(self) -> Any:

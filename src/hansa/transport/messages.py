@@ -31,7 +31,7 @@ MAX_RANGES = 1 << 14
 """How many ranges of pieces one Get names; a client asks again for what lies beyond."""
 
 PHASES: frozenset[str] = frozenset(get_args(Phase))
-"""The kinds of tasks that are messages of secure aggregation."""
+"""The kinds of tasks that are messages of secure aggregation or homomorphic encryption."""
 
 MAX_ACTIVITIES = 1024
 """How many tasks one Report tells of."""
@@ -93,7 +93,7 @@ class Assignment(Message):
         job: the job's id at the server.
         bundle: the manifest of the job's signed bundle.
         kind: ``inspect`` is to check the job against site policy and data; ``train`` and ``evaluate`` carry a plan out;
-            one of ``PHASES`` answers a message of secure aggregation.
+            one of ``PHASES`` answers a message of a secret sum.
         course: the job's name, or that of one of its baselines.
         round: the round's number (0 for ``inspect``).
         plan: the manifest of the file with the plan, or with the message; empty for ``inspect``.
@@ -172,7 +172,7 @@ class Answer(Message):
         upload: the manifest of the update's file, which was uploaded before.
         missing: there is no update.
         inspected: the answer to ``inspect``.
-        letter: the answer to a message of secure aggregation.
+        letter: the answer to a message of a secret sum.
     """
 
     reply: ClassVar[type[Message]] = Done
