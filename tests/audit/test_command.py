@@ -35,12 +35,12 @@ def audit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     return call
 
 
-def weakened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divide all Gaussian noise by four."""
+def weakened(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Divide all Gaussian noise."""
     true = Secret.gaussian
 
     def gaussian(self: Any, shape: Any, dtype: Any, std: float, *labels: Any) -> Any:
-        return true(self, shape, dtype, std / 4, *labels)
+        return true(self, shape, dtype, std / times, *labels)
 
     monkeypatch.setattr(Secret, "gaussian", gaussian)
 
@@ -51,10 +51,11 @@ def test_a_sound_mechanism_holds_and_is_reported(audit: Any, tmp_path: Path) -> 
     assert "ε proved" in done.out
     found = json.loads((tmp_path / "runs" / "audited-audit" / "audit.json").read_text())
     (finding,) = found["findings"]
-    proved, suggested, _ = finding["measures"]
+    proved, normal, suggested, _ = finding["measures"]
     assert found["verdict"] == finding["verdict"] == "holds"
     assert proved["bound"] == found["privacy"]["claims"][0]["epsilon"] == pytest.approx(1.993, abs=1e-3)
     assert 0 <= proved["value"] < proved["bound"]
+    assert 0 < normal["value"] < normal["bound"] == proved["bound"]
     assert 0.8 < suggested["value"] < 3.4, "the best guess is of the right size"
     page = (tmp_path / "runs" / "audited-audit" / "audit.html").read_text()
     assert page.count("<svg") == 2
@@ -74,13 +75,21 @@ def test_a_sound_mechanism_holds_and_is_reported(audit: Any, tmp_path: Path) -> 
 def test_a_quarter_of_the_noise_breaks_the_promise(
     audit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: dict[str, Any]
 ) -> None:
-    weakened(monkeypatch)
+    weakened(monkeypatch, 4)
     done = audit("--out", "found", privacy=plan, rounds=2 if plan["mechanism"] == "dp-ftrl" else 1)
     assert done.code == AuditError.exit_code == 13
     assert "A privacy promise is broken" in done.err
     found = json.loads((tmp_path / "found" / "audit.json").read_text())
     assert found["verdict"] == "fails"
     assert found["findings"][0]["measures"][0]["value"] > found["findings"][0]["measures"][0]["bound"]
+
+
+def test_half_of_the_noise_breaks_the_promise_of_a_large_epsilon(audit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weakened(monkeypatch, 2)
+    done = audit("--json", privacy={**NOISED, "noise_multiplier": 0.6})
+    assert done.code == AuditError.exit_code
+    assert "if noise is normal" in done.json["error"]["message"]
+    assert "one-run canaries: ε proved " not in done.json["error"]["message"], "whatever the noise is, it is no proof"
 
 
 def test_an_update_that_is_not_clipped_breaks_the_promise(audit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

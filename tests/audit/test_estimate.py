@@ -43,6 +43,17 @@ def test_the_worst_mechanism_meets_the_bound() -> None:
     assert np.median(bounds) > 0.6
 
 
+@pytest.mark.parametrize("noise", [8.0, 2.0, 0.7])
+def test_the_bound_for_normal_noise_holds_and_sees_half_of_it(noise: float) -> None:
+    """One in a thousand bounds may lie above ε; 4 of 300 would be a chance of 1 in 4,000."""
+    generator = np.random.default_rng(4)
+    promised = epsilon([Release(noise)], DELTA)
+    honest = [estimate.estimate(*game(800, noise, generator), DELTA).least > promised for _ in range(300)]
+    assert sum(honest) < 4
+    half = [estimate.estimate(*game(3200, noise / 2, generator), DELTA).least > promised for _ in range(30)]
+    assert sum(half) >= 25
+
+
 @pytest.mark.parametrize("noise", [4.0, 2.0])
 def test_it_sees_a_quarter_of_the_noise(noise: float) -> None:
     generator = np.random.default_rng(2)

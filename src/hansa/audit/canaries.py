@@ -27,7 +27,7 @@ the mechanism would: by how far a canary may push in each, after the correlation
 | fewer than ``FEWEST`` parameters, or a site of dp-sgd with fewer examples | skipped: so few prove nothing |
 | an adaptive clip | a canary of just the clip, so that in or out is the same for the count of the unclipped |
 | a canary's update is rejected, or it can't take part | SiteError: what was to be audited did not run |
-| an accounted ε above what so many canaries can prove | the finding says that it can't be tested |
+| an accounted ε above what so many canaries can prove | the finding says so; the bound for normal noise has no limit |
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Played:
         """Return each canary's score, for those who know who was asked, or for those who don't."""
         pushes = self.asked if cohorts else np.ones_like(self.asked)
         expected, seen = self._correlated(pushes.astype(np.float64)), self._correlated(self.signals)
-        return np.asarray((expected * seen).sum(0))
+        lengths = np.linalg.norm(expected, axis=0)
+        return np.asarray((expected * seen).sum(0) / np.where(lengths, lengths, 1.0))  # so all have the same noise
 
     def _correlated(self, columns: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return C X: dp-ftrl's noise is independent there."""
@@ -146,7 +147,7 @@ def judged(subject: Subject, plan: PrivacyPlan, played: Played) -> Finding:
     views = [("the server", True)] if section.mechanism in _SERVER else [("the public", not plan.secret_cohorts)]
     if plan.secret_cohorts:
         views.append(("the sites", True))
-    told: list[tuple[str, Measure, Measure]] = []
+    told: list[tuple[str, Measure, Measure, Measure]] = []
     measures: list[Measure] = []
     for adversary, cohorts in views:
         scores = played.scores(cohorts=cohorts)
@@ -157,15 +158,16 @@ def judged(subject: Subject, plan: PrivacyPlan, played: Played) -> Finding:
         least = Measure(f"ε proved{whose}", proved.epsilon, 0.0, bound=promised)
         likely = Measure(f"ε suggested{whose}", guess.epsilon, 0.0, guess.low, guess.high)
         right = Measure(f"right guesses{whose}", 100 * proved.right / proved.guesses, 50.0, unit="%")
-        told.append((adversary, least, likely))
-        measures += [least, likely, right]
+        normal = Measure(f"ε proved{whose}, if noise is normal", guess.least, 0.0, bound=promised)
+        told.append((adversary, least, normal, likely))
+        measures += [least, normal, likely, right]
     return Finding(
         NAME,
         " and ".join(adversary for adversary, _ in views),
         f"{canaries} canaries, {played.included.sum()} of them in, in {len(played.signals)} releases of "
         f"{played.parameters:,} parameters; {subject.protection}",
         tuple(measures),
-        "fails" if any(least.is_broken for _, least, _ in told) else "holds",
+        "fails" if any(measure.is_broken for measure in measures) else "holds",
         _said(told, estimate.most(canaries, section.delta)),
         _pictures(played, played.scores(cohorts=views[0][1]), measures, opposite=opposite),
     )
@@ -175,23 +177,19 @@ _SERVER = ("local", "distributed", "dp-sgd")
 """Mechanisms that hide a unit from the server, who sees most."""
 
 
-def _said(views: Sequence[tuple[str, Measure, Measure]], most: float) -> str:
-    """Return what is told of (adversary, what is proved, what is guessed)."""
+def _said(views: Sequence[tuple[str, Measure, Measure, Measure]], most: float) -> str:
+    """Return what is told of (adversary, what is proved, what is if noise is normal, what is suggested)."""
     lines = [
-        f"Against {adversary} an ε of {proved.bound:.3g} is promised; one run proves {proved.value:.2f}, 95 % sure, "
-        f"and suggests {guessed.value:.2f}."
-        for adversary, proved, guessed in views
+        f"Against {adversary} an ε of {proved.bound:.3g} is promised; one run proves {proved.value:.2f} (95 % sure), "
+        f"or {normal.value:.2f} if noise is normal (99.9 %), and suggests {likely.value:.2f}."
+        for adversary, proved, normal, likely in views
     ]
-    if any(proved.is_broken for _, proved, _ in views):
-        lines.append(
-            "The promise is broken: clip, noise or sampling is not what was accounted for. Don't train with it."
-        )
-    elif any(proved.bound < (guessed.low or 0.0) for _, proved, guessed in views if proved.bound is not None):
-        lines.append("What it suggests is above the promise, which is no proof: audit again, with another seed.")
+    if any(proved.is_broken or normal.is_broken for _, proved, normal, _ in views):
+        lines.append("The promise is broken: clip, noise or sampling is not what was accounted for.")
     else:
         lines.append("Nothing contradicts the promise.")
-    if any(proved.bound >= most for _, proved, _ in views if proved.bound is not None):
-        lines.append(f"So many canaries prove {most:.2g} at most: larger promises are not put to the test.")
+    if any(proved.bound >= most for _, proved, _, _ in views if proved.bound is not None):
+        lines.append(f"Whatever the noise is, so many canaries prove {most:.2g} at most.")
     return " ".join(lines)
 
 
@@ -383,7 +381,7 @@ def _pictures(played: Played, scores: Scores, measures: Sequence[Measure], *, op
             "Vertical lines are what the job promises. A proved ε to the right of its line breaks the promise; what is "
             "suggested, with its 95 % interval, is the best guess and no proof.",
             _epsilons(measures),
-            1.1 + 0.55 * len(measures) / 3,
+            0.9 + 0.28 * len(measures),
         ),
     )
 
