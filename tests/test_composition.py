@@ -21,8 +21,9 @@ from hansa.core.config import Algorithm, CohortSection, Job
 from hansa.core.values import Model, Snapshot
 from hansa.errors import FitError
 from hansa.privacy import draws
+from hansa.privacy.accounting import Release, epsilon
 from hansa.privacy.draws import Secret
-from hansa.privacy.plan import terms_of_job
+from hansa.privacy.plan import plan_of, terms_of_job
 from hansa.runs import composition
 from hansa.runs.baselines import Baselines
 from hansa.runs.composition import BASE, SITES, inventory, job_of, pairs, refusals, triples
@@ -133,12 +134,27 @@ def assert_right(job, records, scores) -> None:
         assert len(record.asked) == asked(job, record.round), record
         missing = {SLOW} if job.cohort.deadline_s and job.engine.name == "local" else set()
         assert set(record.asked) - set(record.accepted) == missing & set(record.asked), record.absent
+    if job.privacy is not None:
+        promise = plan_of(job, len(SITES), examples=min(regression.ROWS.values()))
+        assert promise.claims[0].epsilon == epsilon([released(job)], job.privacy.delta)
     assert scores.keys() == baselines(job)
     plain = by_hand.ByHand(job.model_copy(update={"strategy": Algorithm(name="fedavg")}), [], Secret(KEY), noisy=True)
     for name, found in scores.items():
         rounds = {"base": 0, "central": job.rounds * len(SITES)}.get(name, job.rounds)
         expected = by_hand.loss(plain.alone(name.removeprefix("local."), rounds))
         assert found.overall == (pytest.approx({"loss": expected}) if job.secret_sums is None else {})
+
+
+def released(job) -> Release:
+    """Return what a job's rounds release, for those who can't see who takes part."""
+    noise = job.privacy.noise_multiplier
+    return {
+        "central": Release(noise, job.cohort.sample, job.rounds),
+        "local": Release(noise / 2, 1.0, job.rounds),
+        "dp-sgd": Release(noise, 1.0, job.rounds * job.train.steps),  # every example is in every batch
+        "dp-ftrl": Release(noise),
+        "distributed": Release(noise, 1.0, job.rounds, 2.0**23),
+    }[job.privacy.mechanism]
 
 
 def asked(job, number: int) -> int:
