@@ -4,6 +4,7 @@ process of its own; settings in README.md.
 
 python benchmarks/remote.py [--mib 256] [--tensor-mib 64] [--sites 4] [--rounds 5] [--dir .]
 python benchmarks/remote.py --delay-ms 100 --mbit 800     through a relay that delays and limits each site's link
+python benchmarks/remote.py --masked                      what secure aggregation costs; without, updates travel plain
 python benchmarks/remote.py --idle 1000                   sites that attend and have nothing to do
 
 Training costs next to nothing (``synthetic.py``), so what is measured is the federation. A process's RssAnon is
@@ -55,6 +56,7 @@ def job_of(arguments: argparse.Namespace, folder: Path) -> Job:
             "tensor_mib": arguments.tensor_mib,
             "numbers": arguments.numbers,
         },
+        "secure_aggregation": arguments.masked,
         "evaluation": {"every": 0},
         "baselines": {"base": False, "local": False},
         "output": {"dir": str(folder / "runs"), "keep": 1},
@@ -295,6 +297,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--mbit", type=float, default=0.0)
+    parser.add_argument("--masked", action="store_true")
     parser.add_argument("--idle", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--dir", type=Path, default=Path())

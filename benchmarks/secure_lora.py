@@ -79,7 +79,9 @@ def main() -> None:
         for phase in PHASES:
             left_out = phase in ("advertise", "share", "receive", "train")
             if left_out not in plain:
-                job = hansa.load(EXAMPLE, [*common, f"output.dir={folder}/plain-{left_out}"])
+                job = hansa.load(
+                    EXAMPLE, [*common, "secure_aggregation=false", f"output.dir={folder}/plain-{left_out}"]
+                )
                 with silent("train" if left_out else "nobody"):
                     plain[left_out] = adapter(hansa.run(job))
             job = hansa.load(EXAMPLE, [*common, masks, f"output.dir={folder}/{phase}"])

@@ -44,6 +44,7 @@ def job(folder: Path, rows: int = 40, wrong: float = 0.0, **more: Any) -> Job:
         "data": {"train": files, "labels": [str(digit) for digit in range(10)]},
         "train": {"optimizer": "sgd", "lr": 0.5, "epochs": 1, "batch_size": 8},
         "baselines": {"local": False},
+        "secure_aggregation": False,  # single updates are attacked
     }
     return parse({**values, **more})
 

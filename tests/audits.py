@@ -27,6 +27,7 @@ def job(folder: Path, **more: Any) -> Job:
             "data": {"train": {site: str(folder / f"{site}.jsonl") for site in "abc"}, "labels": ["0", "1"]},
             "train": {"epochs": 1, "batch_size": 4, "lr": 0.1, "optimizer": "sgd"},
             "output": {"dir": str(folder / "runs")},
+            "secure_aggregation": False,  # single updates are attacked
             **more,
         }
     )

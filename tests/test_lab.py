@@ -44,7 +44,13 @@ def test_the_quickstart_ends_with_the_same_model_as_in_simulation(tmp_path: Path
     assert deployed.code == 0, deployed.err
     assert deployed.json["run"] == "quickstart-0002"
     assert deployed.json["model"] == simulated.json["model"]
-    assert deployed.json["comparison"] == simulated.json["comparison"]
+    mine, theirs = deployed.json["comparison"]["rows"], simulated.json["comparison"]["rows"]
+    assert {name: row["everyone"] for name, row in mine.items()} == {
+        name: row["everyone"] for name, row in theirs.items()
+    }
+    assert len(theirs["federated"]["sites"]) == 4
+    assert "Secure aggregation: on, by default." in deployed.err, "so no site's own score is known"
+    assert mine["federated"]["sites"] == {}
     assert model_hash(tmp_path / "runs/quickstart-0001") == model_hash(tmp_path / "runs/quickstart-0002")
     listed = shell.process(tmp_path, "runs", "--json").json
     assert [entry["state"] for entry in listed] == ["finished", "finished"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import get_args
@@ -14,11 +15,14 @@ import pytest
 
 import toys
 from federations import Loopback, loopback
+from hansa.core.config import OutputSection
 from hansa.core.ports import MaskPhase
 from hansa.core.storage import load_tree
 from hansa.errors import AccessError
 from hansa.lab import lab
 from hansa.pki.kit import Kit
+from hansa.recipes import sums
+from hansa.runs.masking import settled
 from hansa.secagg import protocol
 from hansa.secagg.agreement import terms
 from hansa.server import remote
@@ -36,7 +40,9 @@ pytestmark = pytest.mark.timeout(120)
 
 def job(**values):
     recipe = {"name": "toys:many", "num_sites": 4, **values.pop("recipe", {})}
-    section = {"metrics": METRICS, "corrupt": 0.0, **values.pop("secure_aggregation", {})}
+    section = values.pop("secure_aggregation", {})
+    if section is not None:
+        section = {"metrics": METRICS, "corrupt": 0.0, **section}
     defaults = {"rounds": 1, "cohort": {"quorum": 0.5}, "secure_aggregation": section}
     return toys.job(recipe=recipe, **{**defaults, **values})
 
@@ -92,6 +98,23 @@ async def test_the_model_is_that_of_a_simulation_and_nobody_sees_a_sites_loss(tm
         for site in SITES:
             states = list(federation.site(site).rglob("*.secagg"))
             assert [folder.stat().st_mode & 0o77 for folder in states] == [0], states
+
+
+async def test_a_job_that_does_not_say_is_masked_with_the_bits_of_its_simulation(tmp_path, monkeypatch):
+    """What its submitter signs says so; the simulation makes no keys."""
+    monkeypatch.setitem(sums._DECLARED, "toys:many", lambda job: METRICS)
+    asked = job(rounds=2, secure_aggregation=None)
+    async with loopback(tmp_path, SITES) as federation:
+        await attended(federation)
+        view = await federation.run(settled(asked, len(SITES)))
+        assert view.line.state == "finished", view.line.error
+        found = weights(federation.made.server / "jobs" / view.line.job)
+    calm = await asyncio.to_thread(run, asked.model_copy(update={"output": OutputSection(dir=str(tmp_path / "calm"))}))
+    assert np.array_equal(found, weights(calm.directory))
+    for mine, theirs in zip(view.records, calm.records, strict=True):
+        assert mine["metrics"] == theirs["metrics"]
+        assert (mine["site_metrics"], theirs["site_metrics"].keys()) == ({}, set(SITES))
+    assert not list(calm.directory.rglob("identities.key"))
 
 
 async def test_a_site_that_is_gone_after_it_dealt_shares_is_recovered(tmp_path, monkeypatch):
@@ -167,6 +190,40 @@ async def test_a_server_that_stops_in_every_phase_goes_on(tmp_path, monkeypatch)
             struck.clear()
             async with federation.serving():
                 await asyncio.to_thread(struck.wait, 60)
+        async with federation.serving(), federation.lead() as lead:
+            view = await lead.wait(id)
+    finally:
+        for site in list(federation.agents):
+            await federation.stop(site)
+    await equals_a_simulation(tmp_path, federation, view)
+    assert view.records[0]["accepted"] == list(SITES)
+
+
+@pytest.mark.parametrize("last", ["share", "vote"])
+async def test_a_server_that_has_lost_its_work_goes_on_with_other_keys(tmp_path, monkeypatch, last):
+    """As one does that moves to another machine, with the database, in its second attempt at the round."""
+    due, struck, exchange = ["share", last], threading.Event(), remote.RemoteLine.exchange
+
+    async def deadly(self, plan, phase, letters):
+        answers = await exchange(self, plan, phase, letters)
+        if due and phase == due[0]:
+            del due[0]
+            struck.set()
+            await asyncio.Event().wait()
+        return answers
+
+    monkeypatch.setattr(remote.RemoteLine, "exchange", deadly)
+    federation = Loopback(tmp_path, SITES)
+    try:
+        async with federation.serving():
+            await attended(federation)
+            async with federation.lead() as lead:
+                id = await lead.submit(job())
+            await asyncio.to_thread(struck.wait, 60)
+        struck.clear()
+        async with federation.serving():
+            await asyncio.to_thread(struck.wait, 60)
+        shutil.rmtree(federation.made.server / "jobs" / id / "work")
         async with federation.serving(), federation.lead() as lead:
             view = await lead.wait(id)
     finally:

@@ -40,6 +40,7 @@ from hansa.core.config import Job, Section, problems
 from hansa.core.values import Absence, Model, RoundRecord
 from hansa.errors import HansaError, InterruptedRunError, JobError, SiteError, UnreachableError, WireError, nearest
 from hansa.pki.kit import Kit
+from hansa.runs.masking import settled, told
 from hansa.runs.progress import Progress
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
@@ -161,6 +162,8 @@ class Federation:
     def submit(self, job: Job, *, key: str | None = None, moved: Moved | None = None) -> str:
         """Sign ``job``, upload it with the files it names, queue it, and return its id.
 
+        Whether its updates are masked is settled first (`prepared`), and stands in what is signed.
+
         Args:
             job: what to do.
             key: names this submission: with the same key, a second one is the same job. A new one by default.
@@ -171,6 +174,7 @@ class Federation:
             AccessError: one may not submit jobs, or has as many as the quota allows.
             UnreachableError: the server could not be reached while patience lasted.
         """
+        job, _ = self.prepared(job)
         key = key or uuid.uuid4().hex
         with tempfile.TemporaryDirectory(prefix="hansa-") as folder:
             path = Path(folder) / "bundle.zip"
@@ -182,6 +186,15 @@ class Federation:
                 return (await self._connection.call(Submit(manifest.digest, key))).job
 
             return self._wait(work())
+
+    def prepared(self, job: Job) -> tuple[Job, str]:
+        """Return ``job`` as it is submitted, and a sentence on whether the server sees its updates or sums only.
+
+        That is settled by the sites that one's own copy of the roster lists, not by what the server says.
+        """
+        num_sites = len(job.cohort.sites or self._kit.roster().sites)
+        job = settled(job, num_sites)
+        return job, told(job, num_sites)
 
     def jobs(self) -> list[JobLine]:
         """Return the jobs one may see, oldest first."""

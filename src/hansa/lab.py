@@ -50,6 +50,7 @@ from hansa.federation import FILE as CLIENT_FILE
 from hansa.federation import Federation, failure
 from hansa.pki import provision as pki
 from hansa.runs import run as runs
+from hansa.runs.masking import settled
 from hansa.runs.progress import Progress, Silent
 from hansa.runs.run import Run
 from hansa.server.compute import Compute
@@ -100,6 +101,7 @@ def lab(
     root = directory or Path(temporary or tempfile.mkdtemp(prefix="hansa-lab-"))
     try:
         job, names = _with_sites(job, sites)
+        job = settled(job, len(names))
         made = Lab(job, root.absolute(), names, settings or {}, keep=keep)
         try:
             told.stage(f"starting the server and {len(names)} sites", 0)

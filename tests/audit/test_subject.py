@@ -51,6 +51,17 @@ def test_the_model_is_that_of_the_run(tmp_path: Path) -> None:
     assert np.allclose(np.asarray(sums[1]["0.weight"]), total, atol=1e-6)
 
 
+def test_what_a_deployment_would_mask_by_default_is_attacked_masked(tmp_path: Path) -> None:
+    silent = job(tmp_path, secure_aggregation=None)
+    updates: list[Any] = []
+    with opened(silent) as subject:
+        assert subject.protection == "masked"
+        reached = subject.carry_out(seen=updates.append)
+    assert {part for update in updates for part in update.parts} == {MASKED}
+    last = load_tree(run(silent).directory / "checkpoints" / "000002" / "model.safetensors")
+    assert same(reached, {name: np.asarray(leaf) for name, leaf in last.items()})
+
+
 def test_a_run_s_final_model_is_attacked(tmp_path: Path) -> None:
     finished = run(job(tmp_path))
     with opened(finished.job, finished) as subject:

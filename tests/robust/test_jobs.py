@@ -133,7 +133,7 @@ def test_a_run_notes_whom_krum_took_and_processes_give_the_same_bits(tmp_path, m
 
 REFUSED = {
     "scaffold": ({"strategy": {"name": "scaffold", "robust": MEDIAN}}, "a strategy whose only part is the update"),
-    "masks": ({"secure_aggregation": {}}, "leave out strategy.robust, or secure_aggregation"),
+    "masks": ({"secure_aggregation": {}}, "leave strategy.robust out, or set secure_aggregation = false"),
     "noise": (
         {"privacy": {"mechanism": "central", "clip": 1.0, "delta": 1e-5, "noise_multiplier": 1.0}},
         "privacy.clip bounds what each site does already",

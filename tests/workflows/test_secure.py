@@ -146,7 +146,11 @@ def test_a_masked_vector_that_is_none_is_rejected(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("section", "reason"),
-    [({"range": 1e-4}, "'w' of 'delta'"), ({"weight_cap": 12.0}, "weight"), ({"metrics": {"lossy": 1.0}}, "lossy")],
+    [
+        ({"range": 1e-4, "weight_cap": 100.0}, "'w' of 'delta'"),
+        ({"weight_cap": 12.0}, "weight"),
+        ({"metrics": {"lossy": 1.0}}, "lossy"),
+    ],
 )
 def test_a_value_outside_its_range_is_told_and_not_sent(tmp_path, section, reason):
     with pytest.raises(QuorumError, match=reason):
@@ -159,7 +163,7 @@ def test_a_server_that_widens_the_terms_is_refused(tmp_path, monkeypatch):
 
     def widened(section, private, num_sites):
         bounds = bounds_of(section, private, num_sites)
-        return replace(bounds, largest=2 * bounds.largest)
+        return replace(bounds, largest=1.5 * bounds.largest)
 
     monkeypatch.setattr(server, "bounds_of", widened)
     with pytest.raises(QuorumError, match="other terms of secure aggregation than the job's"):
@@ -285,7 +289,7 @@ def test_a_process_that_is_late_does_not_write_over_a_newer_session(tmp_path):
     section = job(tmp_path).secure_aggregation
     bounds = server.bounds_of(section, None, 3)
     sites = ("s00", "s01", "s02")
-    sessions = secure.Sessions(tmp_path, lambda site: secure.Simulated(tmp_path, site))
+    sessions = secure.Sessions(tmp_path, lambda site: secure.simulated(tmp_path, site))
 
     def letter(attempt: int) -> bytes:
         return protocol.pack(agreement.terms(section, bounds, "toy", 2, attempt, sites, {}, {}))

@@ -39,6 +39,7 @@ from hansa.errors import JobError
 from hansa.privacy.draws import Secret
 from hansa.privacy.plan import PrivacyPlan, Terms, terms_of_job
 from hansa.runs.carrier import promise, refusal
+from hansa.runs.masking import settled
 from hansa.runs.pieces import check, workflow_of
 from hansa.runs.progress import Progress, Silent
 from hansa.runs.run import Run
@@ -75,7 +76,7 @@ class Subject:
     """A job as an attack sees it.
 
     Attributes:
-        job: the resolved job.
+        job: the resolved job; whether it is masked is settled, as for a deployment.
         program: its training code, with the data of all sites.
         params: the model that is attacked, native dtypes: of a run the final one, of a job the one it starts from.
         reports: what each site tells of its data.
@@ -124,7 +125,7 @@ class Subject:
         if self.plan is not None:
             terms = self.plan.terms
             found.append(f"{terms.section.mechanism}, clip {terms.section.clip:g}, noise {terms.noise_multiplier:.3g}")
-        if self.job.secure_aggregation is not None:
+        if self.job.masks is not None:
             found.append("masked")
         if self.job.homomorphic_encryption is not None:
             found.append("encrypted")
@@ -215,6 +216,7 @@ def _loaded(job: Job, run: Run | None, params: Tree | None, left: contextlib.Exi
     error = refusal(job, len(reports), {})
     if error is not None:
         raise error
+    job = settled(job, len(program.sites))
     if params is None:
         params = program.initial() if run is None else _final(run)
     return Subject(job, program, params, reports, run, left)

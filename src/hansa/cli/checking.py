@@ -30,7 +30,9 @@ from hansa.errors import FitError, HansaError, PrivacyError
 from hansa.privacy.plan import NOT_COVERED, PrivacyPlan, terms_of_job
 from hansa.runs.carrier import promise, refusal
 from hansa.runs.engine import inspect_all
+from hansa.runs.masking import settled, told
 from hansa.runs.pieces import misfits, pieces_of
+from hansa.secagg.ranges import ring_of
 from hansa.simulation.engines import open_engine
 from hansa.sinks.text import size
 from hansa.workers.runner import Course
@@ -80,6 +82,7 @@ class Findings:
     costs: Costs | None
     privacy: PrivacyPlan | PrivacyError | None
     unfit: FitError | None
+    masks: str
 
     @property
     def error(self) -> HansaError | None:
@@ -110,15 +113,17 @@ def check(path: Path, overrides: Sequence[str], *, as_json: bool) -> None:
 
 async def _find(job: Job, folder: Path) -> Findings:
     async with open_engine(job, folder) as engine:
+        job = settled(job, len(engine.sites))
         plain = Course(job.name, tuple(engine.sites), job.strategy, tuple(job.filters))
         pieces = pieces_of(job, engine.traits, plain)
         reports, refused = await inspect_all(engine)
         found = misfits(job, engine.traits, plain)
         if found:
-            return Findings(job, reports, refused, pieces, found, None, None, None)
+            return Findings(job, reports, refused, pieces, found, None, None, None, "")
         privacy: PrivacyPlan | PrivacyError | None
-        unfit = None
+        unfit, masks = None, ""
         try:
+            masks = told(job, len(engine.sites))
             privacy = promise(job, len(engine.sites), reports)
             course = replace(plain, terms=terms_of_job(job))
             costs = None if refused or not reports else estimate(job, course, pieces, await engine.initial())
@@ -126,7 +131,7 @@ async def _find(job: Job, folder: Path) -> Findings:
             privacy, costs = error, None
         except FitError as error:
             unfit, costs = error, None
-    return Findings(job, reports, refused, pieces, found, costs, privacy, unfit)
+    return Findings(job, reports, refused, pieces, found, costs, privacy, unfit, masks)
 
 
 def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -> Costs:
@@ -149,6 +154,11 @@ def estimate(job: Job, course: Course, pieces: Sequence[Piece], initial: Tree) -
         down = up = trees.num_bytes(initial)
     asked = min(wanted(job.cohort.sample, len(course.sites)), len(course.sites))
     seconds = error = None
+    if job.masks is not None and strategy.combine is None:
+        layouts = expected(strategy, initial)
+        shapes = {part: {name: spec.shape for name, spec in layout.items()} for part, layout in layouts.items()}
+        bounds = bounds_of(job.masks, course.terms, asked)
+        up = ring_of(job.masks, bounds, asked, shapes, strategy.weighed).num_bytes
     if job.homomorphic_encryption is not None:
         up, seconds, error = _encrypted(job.homomorphic_encryption, course, asked, strategy, initial)
     return Costs(
@@ -197,6 +207,7 @@ def _document(found: Findings) -> dict[str, Any]:
             for p in found.pieces
         ],
         "costs": asdict(costs) if costs else None,
+        "secure_aggregation": found.masks,
         "privacy": found.privacy.as_json() if isinstance(found.privacy, PrivacyPlan) else None,
     }
 
@@ -214,6 +225,8 @@ def _tell(to: Console, found: Findings) -> None:
         to.print(_privacy_table(found.privacy))
         for warning in found.privacy.warnings:
             to.print(Text(warning, "yellow"))
+    if found.masks:
+        to.print(Text(found.masks), soft_wrap=True)
     if found.error is None:
         to.print(Text("The pieces compose and every site can take part.", "green"))
 

@@ -88,6 +88,7 @@ EXAMPLES: Mapping[str, Any] = {
     "privacy.delta": 1e-5,
     "privacy.weight_cap": 1000.0,
     "privacy.participations": 5,
+    "secure_aggregation.off": "the sites trust the server",
     "secure_aggregation.step": 1e-6,
     "secure_aggregation.metrics": {"loss_sum": 1e6, "examples": 1e6},
     "homomorphic_encryption.key_site": "site-a",

@@ -46,12 +46,14 @@ def submit(kit: Path, file: Path, overrides: Sequence[str], *, follow: bool, key
     """
     job = config.load(file, overrides)
     with Federation(kit) as federation:
+        job, masks = federation.prepared(job)
         with _shown() as moved:
             id = federation.submit(job, key=key, moved=moved)
         if not follow:
             if as_json:
                 console.emit({"job": id})
             else:
+                console.out().print(masks, soft_wrap=True, markup=False)
                 console.out().print(f"Submitted: {id}. `hansa job logs -f {id}` follows it.", soft_wrap=True)
             return
         try:

@@ -324,16 +324,58 @@ class SecretSums(Section):
 
 
 class SecureAggregationSection(SecretSums):
-    """The server learns the sum of the sites' updates, and of no fewer: Bonawitz et al. 2017, eprint 2017/281."""
+    """The server learns the sum of the sites' updates, and of no fewer: Bonawitz et al. 2017, eprint 2017/281.
+
+    ``true`` is short for a table with nothing in it, ``false`` for one that says no more than that it is off.
+    """
 
     default_step: ClassVar[float] = 1e-9
 
+    off: str | None = Field(None, description="Why the server sees every update; it sees sums only if left out.")
+    by_default: bool = Field(
+        False,
+        description="Written where a job that does not say is prepared. A simulation of it adds up what sites would "
+        "send, without masks: there is nobody to hide it from.",
+    )
     corrupt: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.2, description="The share of the sites asked that may work with the server without learning more."
     )
     dropout: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.1, description="The share of the sites asked that may drop out; it counts above 64 sites."
     )
+    range: Annotated[float, Field(gt=0)] = Field(
+        256.0,
+        description="The largest magnitude of an update's element. One that, weighed, is above range times the largest "
+        "weight is an error at its site. Beside [privacy] the clip bounds them.",
+    )
+    weight_cap: Annotated[float, Field(gt=0)] = Field(
+        float(1 << 24),
+        description="The most examples (of a language model: tokens) that a site may weigh; more is an error. "
+        "[privacy] has its own.",
+    )
+    metrics: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Sums that metrics are computed from, and the largest magnitude of each at a site, beside those "
+        "that the recipe declares. They are summed under the masks too; sums that nobody names do not leave a site, "
+        "and no metric of a single site does.",
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {} if value is True else {"off": "the job says so"} if value is False else value
+
+    @pydantic.model_validator(mode="after")
+    def _on_or_off(self) -> SecureAggregationSection:
+        if self.off is not None and self.model_fields_set - {"off"} and self != type(self)(off=self.off):
+            raise ValueError("off, so leave the rest out")
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Publish true and false as well as the table."""
+        table = handler.resolve_ref_schema(handler(core))
+        return {"anyOf": [{"type": "boolean"}, table], "description": table.pop("description")}
 
 
 class HomomorphicEncryptionSection(SecretSums):
@@ -391,7 +433,9 @@ class Job(Section):
     filters: list[Choice] = Field(default_factory=list)
     privacy: PrivacySection | None = Field(None, description="Differential privacy; none if left out.")
     secure_aggregation: SecureAggregationSection | None = Field(
-        None, description="The server sees sums only; it sees every update if left out."
+        None,
+        description="Whether the server sees sums only: true or a table, or false. If left out that is settled where "
+        "the job is prepared: on for more than two sites, unless something in the job speaks against it.",
     )
     homomorphic_encryption: HomomorphicEncryptionSection | None = Field(
         None, description="In place of masks: the server adds encrypted updates, and one site decrypts the sum."
@@ -418,9 +462,15 @@ class Job(Section):
         return value
 
     @property
+    def masks(self) -> SecureAggregationSection | None:
+        """The words on secure aggregation of a job under it; None if it is off, or nobody has said."""
+        section = self.secure_aggregation
+        return None if section is None or section.off is not None else section
+
+    @property
     def secret_sums(self) -> SecureAggregationSection | HomomorphicEncryptionSection | None:
         """How the server is kept from seeing more than sums; None where it sees every update."""
-        return self.secure_aggregation or self.homomorphic_encryption
+        return self.masks or self.homomorphic_encryption
 
     def path(self, value: str) -> Path:
         """Return ``value`` as a path, relative to the job's directory."""

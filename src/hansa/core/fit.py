@@ -56,6 +56,7 @@ class Trait(Enum):
     BATCH_CLIP = "clips the gradient of a batch"
     MASKED = "shows the server sums only"
     ADDS_SHARES = "takes a share of noise from each site into its sum"
+    KEYED = "has each site agree on keys with others"
     ENCRYPTED = "sums encrypted updates, to which one site has the key"
     ADAPTERS_ONLY = "is for the small updates of an adapter"
     WHOLE_MODEL = "trains more than an adapter"
@@ -275,7 +276,7 @@ RULES = (
         "use cohort.late = 'discard'.",
     ),
     Rule(
-        (Trait.MASKED, Trait.VECTORISED),
+        (Trait.KEYED, Trait.VECTORISED),
         "sites that are one computation have no updates of their own to mask.",
         "use engine 'local' or 'processes'.",
     ),
@@ -310,8 +311,8 @@ RULES = (
     Rule(
         (Trait.NEEDS_EACH, Trait.MASKED),
         "the server sees a sum only, so it can neither compare updates nor hold one to a bound.",
-        "leave out strategy.robust, or secure_aggregation or homomorphic_encryption: whether you fear the sites or the "
-        "server is for you to say.",
+        "leave strategy.robust out, or set secure_aggregation = false and have no homomorphic_encryption: say whether "
+        "you fear the sites or the server.",
     ),
     Rule(
         (Trait.NEEDS_EACH, Trait.PRIVATE),

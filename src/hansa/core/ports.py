@@ -27,6 +27,11 @@ class Handle(Protocol):
         """Everything but the tensors."""
         ...
 
+    @property
+    def parts(self) -> Parts:
+        """All tensors, in this process or read from a file when they are asked for."""
+        ...
+
     def chunks(self) -> Iterator[Chunk]:
         """Yield all tensors in canonical order."""
         ...
@@ -62,6 +67,10 @@ class SecureLine(Protocol):
         """What the names of courses are preceded by in sessions, so that no two jobs have the same."""
         ...
 
+    async def attempts(self, plan: Plan) -> int:
+        """Return how often sites may have been asked for keys to answer ``plan`` with, as far as is known here."""
+        ...
+
     async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Send each site its message of the session in which ``plan`` is answered, and return what each answered.
 
@@ -95,7 +104,10 @@ class Cohort(Protocol):
 
     @property
     def secure(self) -> SecureLine | None:
-        """How messages of secure aggregation reach the sites; None where they don't."""
+        """How messages of secure aggregation reach the sites; None where they don't.
+
+        A simulation has none for a course whose sites are not to mask what they send.
+        """
         ...
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:

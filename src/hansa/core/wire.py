@@ -484,6 +484,11 @@ class Spooled:
         """Everything but the tensors."""
         return self._header
 
+    @property
+    def parts(self) -> Parts:
+        """All tensors; those of a large update are read when they are asked for."""
+        return open_parts(self.path)[1]
+
     def chunks(self) -> Iterator[Chunk]:
         """Yield all tensors in canonical order, a chunk at a time, checking every checksum."""
         try:

@@ -16,7 +16,7 @@ from hansa.core.config import HomomorphicEncryptionSection
 from hansa.errors import FitError, PrivacyError
 from hansa.homomorphic import ckks
 from hansa.homomorphic.protocol import Terms
-from hansa.secagg.agreement import FINE, Bounds, Shapes, ranges, shapes_in
+from hansa.secagg.ranges import FINE, Bounds, Shapes, shapes_in, spans
 from hansa.secagg.ring import SCALARS, Range, encoding
 
 COUNT = ":sites"
@@ -78,7 +78,7 @@ def terms(
         PrivacyError: terms that protect nobody, or a step that is too fine for the range and so many sites.
         FitError: an update is larger than the job allows.
     """
-    fields = ranges(section, bounds, shapes, weighed, FINE)
+    fields = spans(bounds, shapes, weighed, section.metrics, FINE)
     fields[SCALARS][COUNT] = Range(0.0, 1.0, 1.0)
     chosen = encoding(fields, len(sites), widths=(ckks.BITS,))
     check_cost(section, chosen.size)

@@ -36,6 +36,7 @@ from hansa.pki.identity import (
     UNREADABLE,
     Certificate,
     Identity,
+    Role,
     now,
     read_certificate,
     read_root,
@@ -144,6 +145,12 @@ class Roster:
     def members(self) -> Mapping[str, tuple[Entry, ...]]:
         """Role/name -> the certificates that count."""
         return self.body.members
+
+    @property
+    def sites(self) -> list[str]:
+        """The names of the federation's sites, sorted."""
+        prefix = f"{Role.SITE.value}/"
+        return sorted(name.removeprefix(prefix) for name in self.members if name.startswith(prefix))
 
     @property
     def revoked(self) -> Mapping[str, Revocation]:

@@ -217,11 +217,13 @@ def promised(job: Job) -> list[Piece]:
         pieces.append(Piece("cohort", "quorum", frozenset({Trait.HEADCOUNT}), quorum))
     if job.privacy is not None:
         pieces.append(Piece("privacy", job.privacy.mechanism, TRAITS[job.privacy.mechanism]))
-    if job.secure_aggregation is not None:
-        masked = frozenset({Trait.MASKED, Trait.ADDS_SHARES})
-        pieces.append(Piece("secure_aggregation", "masks", masked, job.secure_aggregation.minimum))
+    if job.masks is not None:
+        masked = {Trait.MASKED, Trait.ADDS_SHARES}
+        if not job.masks.by_default:
+            masked.add(Trait.KEYED)
+        pieces.append(Piece("secure_aggregation", "masks", frozenset(masked), job.masks.minimum))
     if job.homomorphic_encryption is not None:
-        encrypted = {Trait.MASKED, Trait.ENCRYPTED}
+        encrypted = {Trait.MASKED, Trait.KEYED, Trait.ENCRYPTED}
         if not job.homomorphic_encryption.full_model:
             encrypted.add(Trait.ADAPTERS_ONLY)
         least = job.homomorphic_encryption.minimum

@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hansa.core import settle
-from hansa.core.config import Choice, CohortSection, EvaluationSection, Job
+from hansa.core.config import (
+    Choice,
+    CohortSection,
+    EvaluationSection,
+    HomomorphicEncryptionSection,
+    Job,
+    SecureAggregationSection,
+)
 from hansa.core.fit import Trait
 from hansa.core.ports import EVERYONE
 from hansa.core.tree import Tree
@@ -70,6 +77,7 @@ class Baselines:
         scratch: a folder for what training spools.
         done: baselines that an earlier attempt finished, by name.
         save: called with each name and its scores as soon as they are known.
+        secure: the words on secret sums, where scores leave sites masked or encrypted.
     """
 
     job: Job
@@ -78,6 +86,7 @@ class Baselines:
     scratch: Path
     done: Mapping[str, Scores]
     save: Save
+    secure: SecureAggregationSection | HomomorphicEncryptionSection | None
 
     async def run(self, progress: Progress) -> dict[str, str]:
         """Train and judge whatever the job asks for and is not done yet; return why some could not be, by name.
@@ -122,9 +131,8 @@ class Baselines:
             progress.say(f"The baseline {name} could not be made: {error.message}")
 
     async def _judge(self, name: str, model: Model) -> Scores:
-        section = self.job.secret_sums
-        cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), PLAIN, secure=section))
-        masks = Masks(section, self.scratch) if section else None
+        cohort = self.engine.cohort(Course(name, tuple(self.engine.sites), PLAIN, secure=self.secure))
+        masks = Masks(self.job.secret_sums, self.scratch) if self.job.secret_sums else None
         return await evaluate(cohort, model, job=name, round=0, seed=self.job.seed, masks=masks)
 
     async def _train(self, name: str, site: str, rounds: int, progress: Progress) -> Scores:

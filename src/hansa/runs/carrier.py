@@ -17,7 +17,7 @@ import hansa.version
 from hansa import registry
 from hansa.core import settle, storage
 from hansa.core import tree as trees
-from hansa.core.config import Job
+from hansa.core.config import HomomorphicEncryptionSection, Job, SecureAggregationSection
 from hansa.core.ports import Cohort, SiteReport
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Tree
@@ -28,6 +28,7 @@ from hansa.privacy.plan import PrivacyPlan, plan_of, terms_of_job
 from hansa.runs import run as runs
 from hansa.runs.baselines import Baselines
 from hansa.runs.engine import Engine, inspect_all
+from hansa.runs.masking import settled, told
 from hansa.runs.pieces import check, workflow_of
 from hansa.runs.progress import Progress, Watched
 from hansa.runs.run import Run
@@ -57,6 +58,8 @@ async def carry_out(
     progress: Progress,
     strategy: Strategy | None = None,
     sinks: Sequence[Sink] = (),
+    *,
+    simulated: bool = False,
 ) -> None:
     """Bring ``run`` to its end, from wherever it stands.
 
@@ -66,6 +69,8 @@ async def carry_out(
         progress: shows what happens.
         strategy: an algorithm in place of the job's.
         sinks: further observers of rounds.
+        simulated: whether the sites are this machine's, so that what the job leaves open is settled here, and what is
+            masked by default need not be hidden from anybody.
 
     Raises:
         HansaError: of the kind that says what went wrong; finished rounds are on disk.
@@ -75,10 +80,13 @@ async def carry_out(
         work.mkdir(exist_ok=True)
         async with open_engine(work) as engine:
             job = run.job
+            if simulated:
+                job = settled(job, len(engine.sites), own_strategy=strategy is not None)
             check(
                 job, engine.traits, Course(job.name, tuple(engine.sites), strategy or job.strategy, tuple(job.filters))
             )
-            await _Carrier(job, run.directory, engine, progress, strategy, sinks).carry_out()
+            hidden = None if simulated and job.masks is not None and job.masks.by_default else job.secret_sums
+            await _Carrier(job, run.directory, engine, progress, strategy, sinks, hidden).carry_out()
 
 
 class _Carrier:
@@ -92,6 +100,7 @@ class _Carrier:
         progress: Progress,
         strategy: Strategy | None,
         sinks: Sequence[Sink],
+        hidden: SecureAggregationSection | HomomorphicEncryptionSection | None,
     ) -> None:
         self._job = job
         self._directory = directory
@@ -104,7 +113,7 @@ class _Carrier:
             strategy or job.strategy,
             tuple(job.filters),
             terms_of_job(job),
-            job.secret_sums,
+            hidden,
         )
         self._secret = directory / "work" / "protection.key"
         self._given_sinks = sinks
@@ -117,6 +126,7 @@ class _Carrier:
 
     async def carry_out(self) -> None:
         """Train, compare, export, report."""
+        self._progress.say(told(self._job, len(self._engine.sites)))
         sites = await self._inspect()
         plan = self._promise(sites)
         strategy, _ = self._course.pieces(Secret.kept(self._secret) if self._course.terms else None)
@@ -215,7 +225,8 @@ class _Carrier:
             done[name] = scores
             storage.write_json(path, {n: {"overall": s.overall, "by_site": s.by_site} for n, s in sorted(done.items())})
 
-        baselines = Baselines(self._job, self._engine, initial, self._work, dict(done), save)
+        secure = self._course.secure
+        baselines = Baselines(self._job, self._engine, initial, self._work, dict(done), save, secure)
         failed = await baselines.run(self._progress)
         return done, failed
 
@@ -254,6 +265,7 @@ class _Carrier:
             "seconds": seconds,
             "sites": [asdict(site) if plan is None else asdict(replace(site, labels={})) for site in sites],
             "privacy": None if plan is None else plan.as_json(),
+            "secure_aggregation": told(self._job, len(self._engine.sites)),
             "rounds": records,
             "model": {
                 "round": chosen.round,

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identities for sites that all run under one user, as in a simulation: Ed25519 keys (RFC 8032) that one process makes.
+"""Identities for sites that all run under one user, as in a simulation: Ed25519 keys (RFC 8032) from secrets at hand.
 
 They make the protocol run whole; they keep no secret from whoever runs the simulation.
 
 | case | result |
 |---|---|
 | a signature of another site, or of other bytes | AccessError |
-| a site that is not among them | AccessError |
+| a site without a secret | AccessError |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
@@ -21,39 +22,52 @@ from hansa.errors import AccessError
 
 
 class LocalSigner:
-    """One site's key, and the public keys of all (a :class:`~hansa.secagg.protocol.Signer`)."""
+    """One site among others whose secrets are known too (a :class:`~hansa.secagg.protocol.Signer`).
 
-    def __init__(self, key: Ed25519PrivateKey, known: Mapping[str, Ed25519PublicKey]) -> None:
-        self._key, self._known = key, known
+    Args:
+        site: whose signatures are made.
+        secret_of: site -> the 32 bytes that its key is made from; None if there is no such site.
+    """
+
+    def __init__(self, site: str, secret_of: Callable[[str], bytes | None]) -> None:
+        self._site, self._secret_of = site, secret_of
 
     def credential(self) -> bytes:
-        """Return nothing: everybody knows everybody's key."""
+        """Return nothing: everybody can work out everybody's key."""
         return b""
 
     def sign(self, data: bytes) -> bytes:
         """Return this site's signature of ``data``."""
-        return self._key.sign(data)
+        return Ed25519PrivateKey.from_private_bytes(self._secret(self._site)).sign(data)
 
     def check(self, site: str, credential: bytes, data: bytes, signature: bytes) -> None:
         """Check that ``site`` made ``signature``; AccessError if not."""
-        if site not in self._known:
-            raise AccessError(f"{site!r} is no site of this federation.")
-        if not _holds(self._known[site].public_bytes_raw(), data, signature):
+        if not _holds(self._secret(site), data, signature):
             raise AccessError(f"The signature is not that of {site!r} over these bytes.")
+
+    def _secret(self, site: str) -> bytes:
+        secret = self._secret_of(site)
+        if secret is None:
+            raise AccessError(f"{site!r} is no site of this federation.")
+        return secret
 
 
 @lru_cache(maxsize=1 << 14)
-def _holds(key: bytes, data: bytes, signature: bytes) -> bool:
+def _holds(secret: bytes, data: bytes, signature: bytes) -> bool:
     """Say whether a signature holds; all sites are here, so what one has checked the others need not check again."""
     try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, data)
+        _public_key(secret).verify(signature, data)
     except InvalidSignature:
         return False
     return True
 
 
+@lru_cache(maxsize=1 << 12)
+def _public_key(secret: bytes) -> Ed25519PublicKey:
+    return Ed25519PrivateKey.from_private_bytes(secret).public_key()
+
+
 def local_signers(sites: Iterable[str]) -> dict[str, LocalSigner]:
     """Make a key for each site."""
-    keys = {site: Ed25519PrivateKey.generate() for site in sites}
-    known = {site: key.public_key() for site, key in keys.items()}
-    return {site: LocalSigner(key, known) for site, key in keys.items()}
+    known = {site: secrets.token_bytes(32) for site in sites}
+    return {site: LocalSigner(site, known.get) for site in known}

@@ -34,7 +34,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -43,14 +43,16 @@ from hansa.core import tree as trees
 from hansa.core.lazy import BLOCK, Array, Leaf, Memo
 from hansa.core.tree import Parts, Tree
 from hansa.errors import NonFiniteError, PrivacyError, WireError
-from hansa.secagg.keys import Keystream
+
+if TYPE_CHECKING:
+    from hansa.secagg.keys import Keystream
 
 SCALARS = ":scalars"
 """The part that holds what is summed beside the update's own parts."""
 WEIGHT = ":weight"
 """The update's weight, among the scalars."""
 
-_WHOLE_BITS = 52  # integers up to 2^53 are exact in float64, in which values are encoded
+_WHOLE_BITS = 53  # integers up to 2^53 are exact in float64, in which values are encoded
 _COARSEST = 2.0**-16
 _LARGEST, _SMALLEST = 2.0**500, 2.0**-500
 
@@ -146,6 +148,11 @@ class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def size(self) -> int:
         """Number of elements of the vector."""
         return sum(field.size for field in self.fields)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the vector."""
+        return self.size * self.dtype.itemsize
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -249,7 +256,9 @@ class Vector:
         WireError: the parts are not those that the encoding names.
     """
 
-    def __init__(self, encoding: Encoding, parts: Parts, site: str, round: int, randomness: Keystream | None) -> None:
+    def __init__(
+        self, encoding: Encoding, parts: Parts, site: str, round: int, randomness: Keystream | None = None
+    ) -> None:
         self.encoding = encoding
         self._site, self._round = site, round
         self._randomness = randomness
@@ -302,8 +311,9 @@ class Vector:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NonFiniteError(f"{what} holds a NaN or an infinity.", site=self._site, round=self._round)
         raise PrivacyError(
-            f"{what} holds {low if low < field.low else high:.6g}, outside its range from {field.low:g} to "
-            f"{field.high:g}. Nothing was sent: clip it at the site, or declare a wider range.",
+            f"{what} holds {low if low < field.low else high:.6g}{_held_by(field)}, outside its range from "
+            f"{field.low:g} to {field.high:g}. Nothing was sent. Raise {_setting(field)}, or set secure_aggregation = "
+            "false.",
             site=self._site,
             round=self._round,
         )
@@ -319,6 +329,17 @@ class Vector:
         np.subtract(values, below, out=values)  # exact: the fraction
         np.ldexp(values, 32, out=values)
         np.add(below, draws < values, out=values)
+
+
+def _held_by(field: Field) -> str:
+    return "" if field.part == SCALARS else ", weighed"
+
+
+def _setting(field: Field) -> str:
+    """Return the key of a job that a field's range follows from."""
+    if field.part != SCALARS:
+        return "secure_aggregation.range, or clip updates"
+    return "secure_aggregation.weight_cap" if field.name == WEIGHT else f"secure_aggregation.metrics.{field.name}"
 
 
 def decoded(encoding: Encoding, total: Array, sites: int) -> dict[str, Tree]:

@@ -388,6 +388,11 @@ class RemoteLine:
         """The digest of what was signed."""
         return f"{self._engine.masks[0]}/"
 
+    async def attempts(self, plan: Plan) -> int:
+        """Return how many different sets of keys the round's sites were asked for, by the store."""
+        engine = self._engine
+        return await asyncio.to_thread(engine.store.num_plans, engine.id, plan.job, plan.round, "advertise")
+
     async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Have the sites' agents answer; asked again with the same, they have answered already."""
         engine = self._engine

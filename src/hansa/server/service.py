@@ -548,7 +548,7 @@ class Service:
         if abs(age) > FRESH_S:
             raise AccessError(f"The bundle was signed {age:.0f} s ago; sign it anew and submit it at once.")
         policy.decide(bundle, self._settings, self._home)
-        known = members(self._kit)
+        known = self._kit.roster().sites
         unknown = sorted(set(bundle.job.cohort.sites or ()) - set(known))
         if unknown:
             raise JobError(f"cohort.sites names {unknown[0]!r}; the federation's sites are: {', '.join(known)}.")
@@ -683,7 +683,7 @@ class Service:
 
     def _sites(self, caller: Identity) -> SiteLines:
         lines = []
-        for site in members(self._kit):
+        for site in self._kit.roster().sites:
             try:
                 allowed(caller, Permission.SITES, sites=[site])
             except AccessError:
@@ -743,12 +743,6 @@ _FOLLOW_S = 0.25
 
 def _subject(request: Message) -> str:
     return str(getattr(request, "job", "") or getattr(request, "bundle", ""))
-
-
-def members(kit: Kit) -> list[str]:
-    """Return the names of the federation's sites."""
-    prefix = f"{Role.SITE.value}/"
-    return sorted(name.removeprefix(prefix) for name in kit.roster().members if name.startswith(prefix))
 
 
 def implied_bytes(num_bytes: int, *, encrypted: bool = False) -> int:

@@ -603,6 +603,12 @@ class Store:
         with self._read() as connection:
             return [_task(row) for row in connection.execute(query, values)]
 
+    def num_plans(self, job: str, course: str, round: int, kind: TaskKind) -> int:
+        """Return how many different plans there were for tasks of a kind in one round, replaced ones included."""
+        of_round = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.round == round) & (tasks.c.kind == kind)
+        with self._read() as connection:
+            return int(connection.scalar(sa.select(sa.func.count(tasks.c.plan.distinct())).where(of_round)) or 0)
+
     def agenda(self, site: str) -> list[TaskRow]:
         """Return what a site has to do for the jobs that are running; what is late is still welcome."""
         with self._read() as connection:

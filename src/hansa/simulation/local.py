@@ -144,7 +144,7 @@ class LocalCohort:
     @property
     def secure(self) -> SecureLine | None:
         """The way of secure aggregation's messages."""
-        return SimulatedLine(self._engine.runner.secure, self._course)
+        return None if self._course.secure is None else SimulatedLine(self._engine.runner.secure, self._course)
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""

@@ -288,7 +288,7 @@ class ProcessCohort:
     @property
     def secure(self) -> SecureLine | None:
         """The way of secure aggregation's messages; they are answered here, and updates masked in the workers."""
-        return SimulatedLine(self.engine.secure, self._course)
+        return None if self._course.secure is None else SimulatedLine(self.engine.secure, self._course)
 
     async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn metric sums into metrics."""

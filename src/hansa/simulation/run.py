@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 from hansa.core.config import Job
 from hansa.core.ports import Program
@@ -52,5 +53,6 @@ async def carry_out(
     """Do what :func:`run` does, inside a running event loop."""
     run = Run(resume_from(job, resume) if resume else create(job))
     progress.say(f"Run {run.id} in {run.directory}")
-    await carrier.carry_out(run, lambda work: open_engine(job, work, program), progress, strategy, sinks)
+    engine = partial(open_engine, job, program=program)
+    await carrier.carry_out(run, engine, progress, strategy, sinks, simulated=True)
     return run

@@ -111,6 +111,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "sites": [entry["site"] for entry in report["sites"]],
         "training": TRAINING,
         "privacy": report.get("privacy"),
+        "masks": report.get("secure_aggregation"),
         "secret": _is_secret(report),
         "strategy": _choice(report["job"]["strategy"]),
         "recipe": report["job"]["recipe"]["name"],

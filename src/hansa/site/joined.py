@@ -467,14 +467,14 @@ class JoinedJob:
         Raises:
             PolicyError: no session was set up for the round.
         """
-        if job.privacy is None or job.privacy.mechanism != "distributed" or job.secure_aggregation is None:
+        if job.privacy is None or job.privacy.mechanism != "distributed" or job.masks is None:
             return None
         sessions = self._sessions(job)
         assert isinstance(sessions, secure.Sessions), "a job has masks or encryption, not both"
         terms = sessions.terms(given.course, self._site)
         if terms is None or terms.round != number_of(given.round, "train"):
             raise PolicyError("No session of secure aggregation was set up for this round. Nothing is trained.")
-        return honest_of(job.secure_aggregation, len(terms.sites))
+        return honest_of(job.masks, len(terms.sites))
 
     def _reason(self, given: Assignment, answer: Absent) -> str:
         """Return why there is no update; of a traceback that the worker has written, what the submitter may read."""

@@ -145,7 +145,8 @@ def _require_masks(bundle: Bundle, settings: SiteSettings) -> None:
     masks, encrypted = job.secret_sums, job.homomorphic_encryption
     if least is not None and (masks is None or masks.minimum < least):
         family = "secure_aggregation" if encrypted is None else "homomorphic_encryption"
-        shown = "no [secure_aggregation]" if masks is None else f"{family}.minimum = {masks.minimum}"
+        off = "no [secure_aggregation]" if job.secure_aggregation is None else "secure_aggregation off"
+        shown = off if masks is None else f"{family}.minimum = {masks.minimum}"
         raise PolicyError(f"The job has {shown}; this site's updates are summed with others, at least {least} in all.")
     if masks is None:
         return
@@ -164,14 +165,14 @@ def _require_masks(bundle: Bundle, settings: SiteSettings) -> None:
     if proved and bundle.code:
         raise PolicyError(
             f"This site requires the filter {proved[0]!r}; a masked or encrypted update does not show that it was "
-            "applied, and the job brings code of its own that could go around it. Leave the code or "
-            "[secure_aggregation] out."
+            "applied, and the job brings code of its own that could go around it. Leave the code out, or set "
+            "secure_aggregation = false."
         )
     budget = settings.privacy.budgets.get(trained_on(job) or "")
     if budget is not None and job.privacy is not None and job.privacy.mechanism == "dp-sgd":
         raise PolicyError(
             "The data's privacy budget is held against the examples that an update was made from, and in a secret sum "
-            "their number does not show. Use privacy.mechanism 'local' or 'central', or no [secure_aggregation]."
+            "their number does not show. Use privacy.mechanism 'local' or 'central', or secure_aggregation = false."
         )
 
 

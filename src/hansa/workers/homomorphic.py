@@ -40,7 +40,6 @@ from hansa.privacy.plan import Terms as PrivateTerms
 from hansa.secagg.agreement import number_of
 from hansa.secagg.protocol import Signer, pack_state, unpack_state
 from hansa.secagg.ring import summands
-from hansa.workers.secure import metrics_of
 from hansa.workflows.homomorphic import CIPHERTEXTS, SEALED
 from hansa.workflows.secure import bounds_of
 
@@ -118,7 +117,7 @@ class Sessions:
                 site=update.site,
                 round=update.round,
             )
-        metrics = {**metrics_of(update, task, section), agreement.COUNT: 1.0}
+        metrics = {**_metrics_of(update, task, section), agreement.COUNT: 1.0}
         words = self._file(course, invitation.terms.num_words)
         place = 0
         for ciphertext in sides.sealed(invitation, summands(update.parts, update.weight, metrics), update.site):
@@ -173,3 +172,20 @@ class Sessions:
             return None
         except OSError as error:
             raise StorageError(f"The state of homomorphic encryption in {path} can't be read: {error}.") from error
+
+
+def _metrics_of(update: Update, task: Task, section: HomomorphicEncryptionSection) -> dict[str, float]:
+    """Return the sums of metrics that a job has added up in secret.
+
+    Raises:
+        PrivacyError: the job names one that the update does not have.
+    """
+    missing = sorted(section.metrics.keys() - update.sums.keys())
+    if missing and update.sums:  # a private job's training has none: zeros stand for them
+        raise PrivacyError(
+            f"The job's sums are to have the metric {missing[0]!r}, and to {task} gives only: "
+            f"{', '.join(sorted(update.sums)) or 'nothing'}.",
+            site=update.site,
+            round=update.round,
+        )
+    return {name: update.sums.get(name, 0.0) for name in section.metrics}

@@ -141,7 +141,7 @@ class SecureSites:
 
     def _identity(self, site: str) -> Any:
         if self._simulated:
-            return registry.load_object("hansa.workers.secure:Simulated")(self._directory, site)
+            return registry.load_object("hansa.workers.secure:simulated")(self._directory, site)
         return registry.load_object("hansa.workers.secure:Stored")()
 
     def _sessions(self, course: Course) -> Any:
@@ -166,6 +166,10 @@ class SimulatedLine:
     def scope(self) -> str:
         """Nothing: a folder has one job."""
         return ""
+
+    async def attempts(self, plan: Plan) -> int:
+        """Return 0: a state that is lost here is lost with the sites' own."""
+        return 0
 
     async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Answer messages, site by site."""

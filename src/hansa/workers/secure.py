@@ -16,17 +16,16 @@ agent answers the messages, and its worker, which knows no identity, masks the u
 from __future__ import annotations
 
 import fcntl
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hansa.core import storage
 from hansa.core import tree as trees
-from hansa.core.config import SecretSums, SecureAggregationSection
+from hansa.core.config import SecureAggregationSection
 from hansa.core.ports import Phase
 from hansa.core.tree import Layout, Spec
 from hansa.core.values import Task, Update
@@ -35,10 +34,13 @@ from hansa.privacy.draws import Secret
 from hansa.privacy.plan import Terms
 from hansa.privacy.protect import share_of_noise
 from hansa.secagg import agreement, protocol
+from hansa.secagg.local import LocalSigner
 from hansa.secagg.protocol import Signer
-from hansa.secagg.ring import summands
+from hansa.secagg.ranges import values_for
 from hansa.secagg.site import Site
 from hansa.workflows.secure import MASKED, VECTOR, bounds_of, honest_of
+
+_LOG = logging.getLogger("hansa.secagg")
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -110,7 +112,7 @@ class Sessions:
         Where the job's noise is distributed this site's share of it is added before.
 
         Raises:
-            PrivacyError: no session was set up for it, a value is outside its range, or a metric is missing.
+            PrivacyError: no session was set up for it, a value is outside its range, or none of the metrics is named.
         """
         terms = self.terms(course, update.site)
         if terms is None or terms.round != agreement.number_of(update.round, task):
@@ -120,13 +122,23 @@ class Sessions:
                 site=update.site,
                 round=update.round,
             )
-        metrics = metrics_of(update, task, section)
+        named, sums = section.metrics.keys(), update.sums.keys()
+        if named and sums and not named & sums and not section.by_default:
+            raise PrivacyError(
+                f"secure_aggregation.metrics names {', '.join(sorted(named))}, and to {task} gives only: "
+                f"{', '.join(sorted(sums))}.",
+                site=update.site,
+                round=update.round,
+            )
+        if sums - named:
+            left_out = ", ".join(sorted(sums - named))
+            _LOG.info("%s: not summed, as secure_aggregation.metrics does not name them: %s", update.site, left_out)
         parts = update.parts
         if private is not None and private.section.mechanism == "distributed" and task == "train":
             honest = honest_of(section, len(terms.sites))
             secret = Secret.kept(self._directory / course / f"{update.site}.noise")
             parts = share_of_noise(parts, private, honest, secret, terms.digest().hex())
-        summed = summands(parts, update.weight, metrics)
+        summed = values_for(terms.encoding, parts, update.weight, update.sums)
         vector = self._open(course, update.site).masked(summed)
         return replace(update, parts={MASKED: {VECTOR: trees.tensor(vector)}}, weight=1.0, sums={}, logged={})
 
@@ -163,23 +175,6 @@ class Sessions:
         return None if held is None else protocol.unpack(held.terms, protocol.Terms)
 
 
-def metrics_of(update: Update, task: Task, section: SecretSums) -> dict[str, float]:
-    """Return the sums of metrics that a job has added up in secret.
-
-    Raises:
-        PrivacyError: the job names one that the update does not have.
-    """
-    missing = sorted(section.metrics.keys() - update.sums.keys())
-    if missing and update.sums:  # a private job's training has none: zeros stand for them
-        raise PrivacyError(
-            f"The job's sums are to have the metric {missing[0]!r}, and to {task} gives only: "
-            f"{', '.join(sorted(update.sums)) or 'nothing'}.",
-            site=update.site,
-            round=update.round,
-        )
-    return {name: update.sums.get(name, 0.0) for name in section.metrics}
-
-
 def _read(path: Path) -> Kept | None:
     try:
         return msgspec.msgpack.decode(path.read_bytes(), type=Kept)
@@ -210,30 +205,7 @@ class Stored:
         return AccessError("This process has no identity: it masks updates, and answers no message.")
 
 
-class Simulated:
-    """The identity of one site of a simulation (a :class:`~hansa.secagg.protocol.Signer`): all are of one secret.
-
-    They make the protocol run whole; they keep no secret from whoever runs the simulation.
-    """
-
-    def __init__(self, directory: Path, site: str) -> None:
-        self._secret = Secret.kept(directory / "identities.key")
-        self._site = site
-
-    def credential(self) -> bytes:
-        """Return nothing: everybody can work out everybody's key."""
-        return b""
-
-    def sign(self, data: bytes) -> bytes:
-        """Return this site's signature of ``data``."""
-        return self._key(self._site).sign(data)
-
-    def check(self, site: str, credential: bytes, data: bytes, signature: bytes) -> None:
-        """Check that ``site`` made ``signature``; AccessError if not."""
-        try:
-            self._key(site).public_key().verify(signature, data)
-        except InvalidSignature as error:
-            raise AccessError(f"The signature is not that of {site!r} over these bytes.") from error
-
-    def _key(self, site: str) -> Ed25519PrivateKey:
-        return Ed25519PrivateKey.from_private_bytes(self._secret.derive("identity", site))
+def simulated(directory: Path, site: str) -> LocalSigner:
+    """Return the identity of one site of a simulation; all are made from one secret in its folder."""
+    secret = Secret.kept(directory / "identities.key")
+    return LocalSigner(site, lambda name: secret.derive("identity", name))

@@ -13,6 +13,7 @@ from hansa.core.values import TRAINING as TRAINING
 from hansa.core.values import Absence, Model, Plan
 from hansa.errors import QuorumError
 from hansa.workflows import sums as secret
+from hansa.workflows.secure import Question
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ async def evaluate(
 ) -> Scores:
     """Ask ``sites`` (all by default) to evaluate ``model``, and add their sums up.
 
-    Under masks there are no scores of single sites, and none at all of sums that the job does not name.
+    Of secret sums there are no scores of single sites where anybody is to be kept from them, and none at all of sums
+    that the job does not name.
 
     Raises:
         QuorumError: no site could evaluate it.
@@ -53,9 +55,10 @@ async def evaluate(
     if masks is not None:
         if not masks.section.metrics:
             return Scores({}, {})
-        asked = sites or cohort.sites
-        found = await secret.gather(masks.section, None, cohort, plan, asked, {}, {}, masks.scratch)
-        return Scores(await cohort.summarise(found.metrics), {}, tuple(found.absent))
+        found = await secret.gather(Question(masks.section, plan, sites or cohort.sites, masks.scratch), cohort)
+        seen = {site: await cohort.summarise(found.seen[site]) for site in sorted(found.seen)}
+        overall = await cohort.summarise(found.metrics) if found.metrics else {}
+        return Scores(overall, seen, tuple(found.absent))
     sums: dict[str, Mapping[str, float]] = {}
     absent = []
     async for reply in cohort.ask(plan, sites or cohort.sites):

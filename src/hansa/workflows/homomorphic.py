@@ -19,7 +19,6 @@ element after the other, so memory does not depend on the model's size; this sid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,17 @@ from hansa import registry
 from hansa.core import storage
 from hansa.core.config import HomomorphicEncryptionSection
 from hansa.core.ports import Cohort, Handle, Phase
-from hansa.core.tree import Array, Layout, Spec
-from hansa.core.values import Absence, Plan
+from hansa.core.tree import Array, Spec
+from hansa.core.values import Absence
 from hansa.errors import FitError, HansaError, QuorumError, StorageError, WireError
-from hansa.privacy.plan import Terms
-from hansa.workflows.secure import Sum, bounds_of, mapped, sum_of
+from hansa.workflows.secure import Question, Sum, mapped
 
 SEALED, CIPHERTEXTS = "sealed", "ciphertexts"
 """The one part, and the one tensor, of an encrypted update."""
 
 
 class Session:
-    """One sum; arguments are those of :func:`hansa.workflows.sums.gather`.
+    """One sum.
 
     Attributes:
         absent: who is not in it, and why.
@@ -50,19 +48,10 @@ class Session:
         PrivacyError: terms that protect nobody, or a step that is too fine.
     """
 
-    def __init__(
-        self,
-        section: HomomorphicEncryptionSection,
-        private: Terms | None,
-        cohort: Cohort,
-        plan: Plan,
-        asked: Sequence[str],
-        expected: Mapping[str, Layout],
-        weighed: Mapping[str, bool],
-        scratch: Path,
-    ) -> None:
+    def __init__(self, question: Question, section: HomomorphicEncryptionSection, cohort: Cohort) -> None:
         # by name: they need the extra that has ``cryptography``
         terms_of = registry.load_object("hansa.homomorphic.agreement:terms")
+        plan, asked = question.plan, question.asked
         number = registry.load_object("hansa.secagg.agreement:number_of")(plan.round, plan.task)
         server = registry.load_object("hansa.homomorphic.server:Server")
         pack = registry.load_object("hansa.homomorphic.protocol:pack")
@@ -76,12 +65,11 @@ class Session:
                 job=plan.job,
             )
         self._line, self._cohort = cohort.secure, cohort
-        self._plan, self._expected = plan, expected
-        state = scratch / f"secure.{plan.job}.{plan.task}.encrypted.state"
+        self._question, self._plan = question, plan
+        state = question.scratch / f"secure.{plan.job}.{plan.task}.encrypted.state"
         self._sum_path = state.with_suffix(".sum")
-        shapes = {part: {name: spec.shape for name, spec in layout.items()} for part, layout in expected.items()}
-        bounds = bounds_of(section, private, len(asked))
-        terms = terms_of(section, bounds, self._line.scope + plan.job, number, asked, shapes, weighed)
+        scope = self._line.scope + plan.job
+        terms = terms_of(section, question.bounds, scope, number, asked, question.shapes, question.weighed)
         self._letter = pack(terms)
         self._machine = server(terms, self._line.checker, lambda new: storage.write_atomic(state, new), _read(state))
 
@@ -123,8 +111,8 @@ class Session:
                 sums[places] = machine.opened(places, await self._key_site("open", letter))
             storage.flush(sums)
         finish = machine.finish()
-        found = sum_of(encoding, _again(plain, encoding.dtype, encoding.size), self._expected, machine.survivors)
-        found.absent, found.seconds, found.num_bytes = self.absent, seconds, num_bytes
+        found = Sum(machine.survivors, self.absent, seconds=seconds, num_bytes=num_bytes)
+        found.decode(self._question, encoding, _again(plain, encoding.dtype, encoding.size))
         del found.metrics[registry.load_object("hansa.homomorphic.agreement:COUNT")]
         await self._line.exchange(self._plan, "finish", {machine.terms.key_site: finish})
         return found
@@ -151,6 +139,7 @@ class Session:
         wanted = {SEALED: {CIPHERTEXTS: Spec(_WORD.name, (size,))}}
         if header.layout != wanted or header.sums or header.logged or header.weight != 1.0:
             raise WireError("The answer is no ciphertexts of this session.", site=header.site, round=header.round)
+        self._question.check(header)
         for chunk in reply.chunks():  # lengths and digests are checked as they are read
             self._machine.check(chunk.values)
         for chunk in reply.chunks():

@@ -20,12 +20,13 @@ from hansa.core.ports import Cohort, Handle
 from hansa.core.stack import Stack
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Layout, Tree
-from hansa.core.values import Absence, Aggregate, Logged, Plan, RoundRecord, Snapshot
+from hansa.core.values import Absence, Aggregate, Header, Logged, Plan, RoundRecord, Snapshot
 from hansa.core.workflow import Workflow
 from hansa.errors import NonFiniteError, QuorumError, WireError
 from hansa.privacy.plan import terms_of_job
 from hansa.workflows import sums
 from hansa.workflows.evaluate import TRAINING, Masks, Scores, evaluate
+from hansa.workflows.secure import Question
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -200,13 +201,21 @@ async def _gather_secretly(
         handle.release()
     if not asked:
         return gathered
-    layouts = expected(strategy, plan.params)
-    found = await sums.gather(
-        job.secret_sums, terms_of_job(job), cohort, plan, asked, layouts, strategy.weighed, scratch
+    question = Question(
+        job.secret_sums,
+        plan,
+        asked,
+        scratch,
+        terms_of_job(job),
+        expected(strategy, plan.params),
+        strategy.weighed,
+        lambda header: _problem(strategy, plan, header),
     )
+    found = await sums.gather(question, cohort)
     gathered.accepted, gathered.absent = list(found.sites), found.absent
     gathered.acknowledge = dict.fromkeys(found.sites, plan.round)
     gathered.seconds, gathered.bytes_up = found.seconds, found.num_bytes
+    gathered.sums, gathered.logged = found.seen, found.logged
     gathered.aggregate = replace(
         gathered.aggregate,
         sums=found.parts,
@@ -227,16 +236,10 @@ async def _aside(model: Tree, function: Callable[P, T], *args: P.args, **kwargs:
 def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle) -> None:
     assert gathered.fold is not None, "updates are seen one by one"
     header = handle.header
+    problem = _problem(strategy, plan, header)
+    if problem is not None:
+        return _reject(gathered, handle, problem)
     age = plan.version - header.version
-    if header.completed < 1 and Trait.WHOLE_WORK in strategy.traits:
-        reason = (
-            f"did {header.completed:.0%} of its work, and {strategy.name} needs all of it "
-            "(fedprox and scaffold accept partial work)"
-        )
-        return _reject(gathered, handle, reason)
-    if age < 0:
-        reason = f"claims to start from model version {header.version}, the newest is {plan.version}"
-        return _reject(gathered, handle, reason)
     try:
         gathered.fold.add(handle, 1.0 if age == 0 else (1.0 + age) ** -0.5)
     except (WireError, NonFiniteError) as error:
@@ -248,6 +251,18 @@ def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle)
     if header.logged:
         gathered.logged[header.site] = header.logged
     gathered.bytes_up += header.num_bytes
+    return None
+
+
+def _problem(strategy: Strategy, plan: Plan, header: Header) -> str | None:
+    """Return why an update is not to be summed, as far as its header tells."""
+    if header.completed < 1 and Trait.WHOLE_WORK in strategy.traits:
+        return (
+            f"did {header.completed:.0%} of its work, and {strategy.name} needs all of it "
+            "(fedprox and scaffold accept partial work)"
+        )
+    if header.version > plan.version:
+        return f"claims to start from model version {header.version}, the newest is {plan.version}"
     return None
 
 

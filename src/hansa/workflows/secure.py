@@ -9,7 +9,7 @@ masked sum, which is on the disk before anybody is asked to unmask it.
 
 | case | result |
 |---|---|
-| killed before the survivors are fixed | another attempt, with other keys; nothing was revealed |
+| killed before the survivors are fixed, its folder lost or not | another attempt, with other keys |
 | killed later | the same session goes on with the sum on the disk; nobody trains again |
 | killed while the round's model is evaluated | the round's sum is unmasked again from the disk; nobody is asked |
 | a masked vector that is malformed | its site is rejected, nothing of it is added |
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,61 @@ import numpy as np
 from hansa import registry
 from hansa.core import storage
 from hansa.core import tree as trees
-from hansa.core.config import SecretSums, SecureAggregationSection
+from hansa.core.config import HomomorphicEncryptionSection, SecretSums, SecureAggregationSection
 from hansa.core.lazy import BLOCK
-from hansa.core.ports import Cohort, Handle, Phase
+from hansa.core.ports import Cohort, Handle, Phase, SecureLine
 from hansa.core.tree import Array, Layout, Spec, Tree
-from hansa.core.values import Absence, Plan
-from hansa.errors import FitError, HansaError, StorageError, WireError
+from hansa.core.values import Absence, Header, Logged, Plan
+from hansa.errors import HansaError, NonFiniteError, PrivacyError, QuorumError, StorageError, WireError
 from hansa.privacy.plan import SLACK, Terms
 from hansa.privacy.protect import deviation_of_share, grid_of
+from hansa.secagg import graph, ranges
+from hansa.secagg.ranges import Bounds
+from hansa.secagg.ring import Encoding, Vector, decoded
 
 MASKED, VECTOR = "masked", "vector"
 """The one part, and the one tensor, of a masked update."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A plan whose answers are to be summed.
+
+    Attributes:
+        section: the job's words on secret sums.
+        plan: what is asked.
+        asked: who is.
+        scratch: a folder that outlives a crash.
+        private: the terms of the job's privacy plan.
+        expected: part -> layout of what is summed beside weight and metrics.
+        weighed: which parts are multiplied by the weight.
+        problem: why an answer of this header is not to be summed, or None.
+    """
+
+    section: SecureAggregationSection | HomomorphicEncryptionSection
+    plan: Plan
+    asked: Sequence[str]
+    scratch: Path
+    private: Terms | None = None
+    expected: Mapping[str, Layout] = field(default_factory=dict)
+    weighed: Mapping[str, bool] = field(default_factory=dict)
+    problem: Callable[[Header], str | None] = lambda header: None
+
+    @property
+    def shapes(self) -> ranges.Shapes:
+        """The shapes of the tensors."""
+        return {part: {name: spec.shape for name, spec in layout.items()} for part, layout in self.expected.items()}
+
+    @property
+    def bounds(self) -> Bounds:
+        """What one site may put into the ring."""
+        return bounds_of(self.section, self.private, len(self.asked))
+
+    def check(self, header: Header) -> None:
+        """Raise WireError if an answer of this header is not to be summed."""
+        why = self.problem(header)
+        if why is not None:
+            raise WireError(why, site=header.site, round=header.round)
 
 
 @dataclass
@@ -50,21 +94,45 @@ class Sum:
 
     Attributes:
         sites: whose answers are in it.
+        absent: those that are not, and why.
         parts: the summed parts, in float32 or wider.
         weight: the sum of weights.
         metrics: the sums of the metrics that the job names.
-        absent: the sites whose answers are not in it, and why.
         seconds: site -> how long it worked.
-        num_bytes: of what the sites sent.
+        num_bytes: of what they sent.
+        seen: site -> its own metrics' sums, where nobody hides them.
+        logged: site -> what its script logged, likewise.
     """
 
     sites: tuple[str, ...]
-    parts: dict[str, Tree]
-    weight: float
-    metrics: dict[str, float]
     absent: list[Absence] = field(default_factory=list)
+    parts: dict[str, Tree] = field(default_factory=dict)
+    weight: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     num_bytes: int = 0
+    seen: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    logged: dict[str, Logged] = field(default_factory=dict)
+
+    def decode(self, question: Question, encoding: Encoding, total: Array) -> None:
+        """Take parts, weight and metrics from a vector of integers.
+
+        Args:
+            question: what was asked.
+            encoding: what the summands were made by.
+            total: their sum, readable; large leaves read it when they are read.
+
+        Raises:
+            WireError: so many sites can't have put that in.
+        """
+        summed = decoded(encoding, total, len(self.sites))
+        for part, layout in question.expected.items():
+            leaves = trees.leaves(summed[part])
+            kinds = {name: trees.wide(trees.dtype_of(spec.dtype)) for name, spec in layout.items()}
+            sums = {name: leaves[name].astype(kinds[name]) for name in layout}
+            large = sum(leaf.nbytes for leaf in sums.values()) > trees.LARGE
+            self.parts[part] = trees.Lazy(sums) if large else {name: np.asarray(leaf) for name, leaf in sums.items()}
+        self.weight, self.metrics = ranges.sums_from(summed)
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -74,38 +142,112 @@ class _Kept(msgspec.Struct, frozen=True):
     state: bytes | None
 
 
-def bounds_of(section: SecretSums, private: Terms | None, num_sites: int) -> Any:
-    """Return what one site may put into a sum (:class:`hansa.secagg.agreement.Bounds`).
+def bounds_of(section: SecretSums, private: Terms | None, num_sites: int) -> Bounds:
+    """Return what one site may put into a sum.
 
     Args:
         section: the job's words on secret sums.
         private: the terms of its privacy plan, whose clip bounds updates, and whose noise is in them.
         num_sites: how many sites are asked.
     """
-    bounds = registry.load_object("hansa.secagg.agreement:Bounds")
     if private is None or private.section.mechanism == "local":
-        return registry.load_object("hansa.secagg.agreement:bounds_of")(section)
+        return ranges.bounds_of(section)
     if private.section.adaptive_clip:
-        return bounds(section.range, 1.0, section.step or 1e-9)
+        return Bounds(section.range, 1.0, section.step or 1e-9)
     clip = private.section.clip
     if private.section.mechanism != "distributed":
-        return bounds(clip * SLACK, 1.0, section.step or clip / (1 << 20))
+        return Bounds(clip * SLACK, 1.0, section.step or clip / (1 << 20))
     grid = grid_of(clip)
     assert isinstance(section, SecureAggregationSection), "shares of noise are for masks"
     noise = deviation_of_share(private, honest_of(section, num_sites), grid)
-    return bounds(clip * SLACK + (12 * noise + 16) * grid, 1.0, grid)
+    return Bounds(clip * SLACK + (12 * noise + 16) * grid, 1.0, grid)
 
 
 def honest_of(section: SecureAggregationSection, num_sites: int) -> int:
     """Return how many sites of every sum that is shown do not work with the server."""
-    shape = registry.load_object("hansa.secagg.graph:shape")(
-        num_sites, num_sites, section.corrupt, section.dropout, section.minimum
-    )
-    return int(shape.quorum - math.floor(section.corrupt * num_sites))
+    return quorum_of(section, num_sites) - math.floor(section.corrupt * num_sites)
+
+
+def quorum_of(section: SecureAggregationSection, num_sites: int) -> int:
+    """Return how many of so many sites that are asked have to answer.
+
+    Raises:
+        PrivacyError: so few protect nobody.
+    """
+    return graph.shape(num_sites, num_sites, section.corrupt, section.dropout, section.minimum).quorum
+
+
+class Openly:
+    """One sum of sites that need not hide: their answers, added up in the ring without masks.
+
+    Attributes:
+        absent: who is not in it, and why.
+
+    Raises:
+        PrivacyError: so few sites are asked that masks would protect nobody.
+    """
+
+    def __init__(self, question: Question, section: SecureAggregationSection, cohort: Cohort) -> None:
+        self._question, self._cohort = question, cohort
+        self._quorum = quorum_of(section, len(question.asked))
+        num_sites = len(question.asked)
+        self._ring = ranges.ring_of(section, question.bounds, num_sites, question.shapes, question.weighed)
+        self.absent: list[Absence] = []
+
+    async def carry_out(self) -> Sum:
+        """Return the sum.
+
+        Raises:
+            QuorumError: fewer answered than masks would need.
+        """
+        question, ring = self._question, self._ring
+        path = question.scratch / f"secure.{question.plan.job}.{question.plan.task}.open"
+        total = mapped(path, ring.dtype, ring.size)
+        path.unlink()  # what is mapped stays: a round of a simulation that is killed is made anew
+        found = Sum((), self.absent)
+        async for reply in self._cohort.ask(question.plan, question.asked):
+            if isinstance(reply, Absence):
+                self.absent.append(reply)
+                continue
+            header = reply.header
+            try:
+                question.check(header)
+                self._add(total, reply)
+            except (WireError, NonFiniteError, PrivacyError) as error:
+                self.absent.append(Absence(header.site, "refused", error.message))
+            else:
+                found.sites = (*found.sites, header.site)
+                found.seen[header.site], found.seconds[header.site] = header.sums, header.seconds
+                found.num_bytes += header.num_bytes
+                if header.logged:
+                    found.logged[header.site] = header.logged
+            reply.release()
+            del reply  # or it would be held while the next site trains
+        found.sites = tuple(sorted(found.sites))
+        if len(found.sites) < self._quorum:
+            num_sites = len(question.asked)
+            raise QuorumError(
+                f"{len(found.sites)} of {num_sites} sites answered; secure aggregation needs {self._quorum}."
+            )
+        found.decode(question, ring, total)
+        return found
+
+    def _add(self, total: Array, reply: Handle) -> None:
+        """Add one answer, once the whole of it is known to be within its ranges."""
+        header, ring = reply.header, self._ring
+        values = ranges.values_for(ring, reply.parts, header.weight, header.sums)
+        vector = Vector(ring, values, header.site, self._question.plan.round)
+        block = np.empty(min(BLOCK, ring.size), ring.dtype)
+        for adding in (True,) if ring.size <= BLOCK else (False, True):
+            for start in range(0, ring.size, BLOCK):
+                encoded = block[: ring.size - start]
+                vector.encode(start, encoded)
+                if adding:
+                    total[start : start + encoded.size] += encoded
 
 
 class Session:
-    """One sum; arguments are those of :func:`hansa.workflows.sums.gather`.
+    """One sum under masks.
 
     Attributes:
         absent: who is not in it, and why.
@@ -115,47 +257,35 @@ class Session:
     """
 
     def __init__(
-        self,
-        section: SecureAggregationSection,
-        private: Terms | None,
-        cohort: Cohort,
-        plan: Plan,
-        asked: Sequence[str],
-        expected: Mapping[str, Layout],
-        weighed: Mapping[str, bool],
-        scratch: Path,
+        self, question: Question, section: SecureAggregationSection, cohort: Cohort, line: SecureLine, attempts: int
     ) -> None:
         # by name: they need the extra that has ``cryptography``
         terms_of = registry.load_object("hansa.secagg.agreement:terms")
+        plan = question.plan
         number = registry.load_object("hansa.secagg.agreement:number_of")(plan.round, plan.task)
         terms_type = registry.load_object("hansa.secagg.protocol:Terms")
         unpack = registry.load_object("hansa.secagg.protocol:unpack")
         self._pack: Any = registry.load_object("hansa.secagg.protocol:pack")
         self.absent: list[Absence] = []
-        if cohort.secure is None:
-            raise FitError("Secure aggregation has no way to the sites here.", job=plan.job)
-        self._line, self._cohort = cohort.secure, cohort
-        self._plan, self._expected = plan, expected
-        self._path = scratch / f"secure.{plan.job}.{plan.task}.state"
-        self._sum_path = scratch / f"secure.{plan.job}.{plan.task}.sum"
-        self._held = _read(self._path)
-        shapes = {part: {name: spec.shape for name, spec in layout.items()} for part, layout in expected.items()}
+        self._line, self._cohort, self._question, self._plan = line, cohort, question, plan
+        self._path = question.scratch / f"secure.{plan.job}.{plan.task}.state"
+        self._sum_path = question.scratch / f"secure.{plan.job}.{plan.task}.sum"
+        course, shapes = self._line.scope + plan.job, question.shapes
 
         def terms(attempt: int) -> Any:
-            bounds = bounds_of(section, private, len(asked))
-            return terms_of(section, bounds, self._line.scope + plan.job, number, attempt, asked, shapes, weighed)
+            return terms_of(section, question.bounds, course, number, attempt, question.asked, shapes, question.weighed)
 
-        self.terms = terms(1)
-        held = None if self._held is None else unpack(self._held.terms, terms_type)
-        if held is not None and held.round == number and self._held is not None:
+        stored = _read(self._path)
+        held = None if stored is None else unpack(stored.terms, terms_type)
+        self._machine: Any = None
+        if stored is not None and held is not None and held.round == number:
+            attempts = max(attempts, held.attempt)
             self.terms = terms(held.attempt)
-            found = self._server(self._held.state) if held == self.terms else None
-            if found is None or not found.survivors:  # nothing was revealed: with other keys
-                self.terms, self._held = terms(held.attempt + 1), None
-        else:
-            self._held = None
+            self._machine = self._server(stored.state) if held == self.terms else None
+        if self._machine is None or not self._machine.survivors:  # nothing was revealed: with other keys
+            self.terms = terms(attempts + 1)
+            self._machine = self._server(None)
         self._letter = self._pack(self.terms)
-        self._machine = self._server(None if self._held is None else self._held.state)
 
     def _server(self, state: bytes | None) -> Any:
         terms = self._pack(self.terms)
@@ -206,8 +336,8 @@ class Session:
             votes = machine.close_votes()
             await self._round("reveal", dict.fromkeys(survivors, votes), machine.add_reveal)
         unmasked = self._unmasked(machine.close_reveals())
-        found = sum_of(self.terms.encoding, unmasked, self._expected, survivors)
-        found.absent, found.seconds, found.num_bytes = self.absent, seconds, num_bytes
+        found = Sum(tuple(survivors), self.absent, seconds=seconds, num_bytes=num_bytes)
+        found.decode(self._question, self.terms.encoding, unmasked)
         await self._line.exchange(self._plan, "finish", dict.fromkeys(survivors, self._letter))
         return found
 
@@ -236,6 +366,7 @@ class Session:
         wanted = {MASKED: {VECTOR: Spec(ring.dtype.name, (ring.size,))}}
         if header.layout != wanted or header.sums or header.logged or header.weight != 1.0:
             raise WireError("The answer is no masked vector of this session.", site=header.site, round=header.round)
+        self._question.check(header)
         self._machine.check_upload(header.site, ring.size, ring.dtype)
         for _ in reply.chunks():  # checks lengths and digests
             pass
@@ -253,32 +384,6 @@ class Session:
             masks.apply(start, block)
             plain[start : start + BLOCK] = block
         return plain
-
-
-def sum_of(encoding: Any, total: Array, expected: Mapping[str, Layout], sites: Sequence[str]) -> Sum:
-    """Return what a vector of integers says that updates add up to.
-
-    Args:
-        encoding: what the summands were made by (:class:`hansa.secagg.ring.Encoding`).
-        total: their sum, readable; large leaves read it when they are read.
-        expected: part -> layout of what was summed beside the numbers.
-        sites: whose they are.
-
-    Raises:
-        WireError: so many sites can't have put that in.
-    """
-    decoded = registry.load_object("hansa.secagg.ring:decoded")(encoding, total, len(sites))
-    beside = decoded[registry.load_object("hansa.secagg.ring:SCALARS")]
-    scalars = {name: float(np.asarray(leaf)) for name, leaf in trees.leaves(beside).items()}
-    parts: dict[str, Tree] = {}
-    for part, layout in expected.items():
-        leaves = trees.leaves(decoded[part])
-        kinds = {name: trees.wide(trees.dtype_of(spec.dtype)) for name, spec in layout.items()}
-        sums = {name: leaves[name].astype(kinds[name]) for name in layout}
-        large = sum(leaf.nbytes for leaf in sums.values()) > trees.LARGE
-        parts[part] = trees.Lazy(sums) if large else {name: np.asarray(leaf) for name, leaf in sums.items()}
-    weight = scalars.pop(registry.load_object("hansa.secagg.ring:WEIGHT"))
-    return Sum(tuple(sites), parts, weight, scalars)
 
 
 def _read(path: Path) -> _Kept | None:
