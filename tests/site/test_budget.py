@@ -471,6 +471,59 @@ async def test_dp_sgd_is_charged_by_the_examples_that_it_trains_on(tmp_path):
         ]
 
 
+SCRIPT = """
+import os
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+import hansa.client as flare
+
+def make():
+    return torch.nn.Linear(1, 2)
+
+if __name__ == "__main__":
+    flare.init()
+    rows = [line.split(",") for line in open(os.environ["HANSA_TRAIN"])][1:]
+    data = TensorDataset(torch.tensor([[float(age)] for age, _ in rows]), torch.tensor([int(s) for _, s in rows]))
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, loader = flare.prepare(model, optimizer, DataLoader(data))
+    while flare.is_running():
+        model.load_state_dict(flare.receive().params)
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        flare.send(flare.FLModel(params=model.state_dict(), metrics={"loss": 1.0}))
+"""
+
+
+async def test_a_script_under_dp_sgd_is_charged_by_what_its_job_says_of_its_data(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    values = {
+        "name": "heart",
+        "rounds": 1,
+        "recipe": {"name": "script", "path": "train.py", "steps": "prepared", "examples": 50},
+        "model": {"factory": "train.py:make"},
+        "data": {"train": "site:notes"},
+        "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 5},
+        "evaluation": {"every": 0},
+        "privacy": {**DP_SGD, "noise_multiplier": 4.0},
+        "baselines": {"local": False, "base": False},
+        "directory": str(tmp_path),
+    }
+    async with loopback(tmp_path) as lab:
+        write(lab, 9.0)
+        (lab.site("s0") / "notes.csv").write_text("age,sick\n" + "".join(f"{i / 50},{i % 2}\n" for i in range(50)))
+        text = (lab.site("s0") / "site.toml").read_text().replace("notes.jsonl", "notes.csv")
+        text = text.replace('"toys:build"', '"script"')
+        (lab.site("s0") / "site.toml").write_text(f'{text}\nsigners = ["ana"]\n')
+        await lab.start("s0")
+        view = await lab.run(config.parse(values))
+        assert view.line.state == "finished", view.line.error
+        (entry,) = kept(lab).entries
+        assert (entry.unit, entry.release) == ("example", Release(4.0, 0.1, 10))
+
+
 async def test_a_required_mechanism_that_the_training_code_does_not_have(tmp_path, monkeypatch):
     """The server takes the job, and the site finds that its program knows nothing of dp-sgd."""
     monkeypatch.setattr(carrier, "check", lambda *args: None)
