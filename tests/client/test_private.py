@@ -177,8 +177,11 @@ def test_an_empty_batch_is_a_step_of_noise(monkeypatch):
 def test_steps_are_counted_and_one_too_many_is_refused_before_it_is_made(monkeypatch):
     model = net()
     made = session(monkeypatch, noisy(count=8), state(model))
+    wanted = {name: leaf.clone() for name, leaf in model.state_dict().items()}
+    model.load_state_dict(net(seed=1).state_dict())
     model, sgd, loader = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data()))
-    assert len(loader) == 40
+    assert len(loader) == 40, "known before the model is loaded"
+    model.load_state_dict(wanted)
 
     def one_pass() -> None:
         for batch in loader:

@@ -132,8 +132,7 @@ class PrivateSteps:
             )
         if self._noisy is None or self._task != assignment.number:
             self._noisy, self._task, self._made = NoisySteps.told(assignment.private), assignment.number, 0
-            if self._session.task == "train":
-                self._begin(self._noisy)
+            self._held = {}
         return self._noisy
 
     def _begin(self, noisy: NoisySteps) -> None:
@@ -141,14 +140,15 @@ class PrivateSteps:
         received = self._session.received
         if strange := sorted(self.tensors.keys() - received.keys()):
             raise PrivacyError(f"The optimizer moves {strange[0]!r}, which is not shared, so its gradients would tell.")
-        self._held = {name: to_tensor(received[name]).to(p.device, p.dtype) for name, p in self.tensors.items()}
-        self._check_unchanged("does not begin as it was received")
+        held = {name: to_tensor(received[name]).to(p.device, p.dtype) for name, p in self.tensors.items()}
+        self._check_same(held, "does not begin as it was received")
         if (found := len(self.loader.dataset)) != noisy.examples:
             raise PrivacyError(
                 f"The loader's data set has {found} examples, and the job says that {self._session.site} has "
                 f"{noisy.examples}: the noise is measured for that. Mend recipe.examples."
             )
         torch.manual_seed(noisy.seed)
+        self._held = held
 
     def rows(self) -> Iterator[int]:
         """Yield the rows of a pass; a step is made when the first row of the next one is asked for, or the end.
@@ -160,6 +160,8 @@ class PrivateSteps:
         self._pass = now = self._pass + 1
         if self._session.task != "train":
             return
+        if not self._held:
+            self._begin(noisy)
         left = noisy.count - self._made
         if left <= 0:
             raise PrivacyError(
@@ -228,7 +230,7 @@ class PrivateSteps:
 
     def _make(self, noisy: NoisySteps) -> None:
         """Add noise to what was added up, and make the optimiser's own step."""
-        self._check_unchanged("was changed between two steps")
+        self._check_same(self._held, "was changed between two steps")
         noised = noisy.noised(self._made, {name: to_array(total) for name, total in self._sums.items()})
         for name, tensor in self.tensors.items():
             tensor.grad = to_tensor(noised[name]).to(tensor.device)
@@ -237,11 +239,10 @@ class PrivateSteps:
         self._forget()
         self._held = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
-    def _check_unchanged(self, how: str) -> None:
+    def _check_same(self, wanted: Mapping[str, Tensor], how: str) -> None:
         for name, tensor in self.tensors.items():
-            held = self._held[name]
-            same = tensor.shape == held.shape and torch.allclose(tensor.detach(), held, rtol=0, atol=0, equal_nan=True)
-            if not same:
+            held = wanted[name]
+            if held.shape != tensor.shape or not torch.allclose(tensor.detach(), held, rtol=0, atol=0, equal_nan=True):
                 raise PrivacyError(
                     f"The tensor {name!r} {how}: under dp-sgd only the prepared optimizer changes it, from the model "
                     "that was received."
