@@ -14,7 +14,8 @@ later than something forgotten is taken up no more, so that nothing forgotten is
 | a signed job under a second id | PolicyError |
 | a second, different plan for a round that was answered | PolicyError |
 | the same plan again: the server was restarted, the answer was lost | carried out again; |
-| | to train under noise that the site draws (local, dp-sgd), outside masks: PolicyError |
+| | to train under noise that the site draws (local, dp-sgd), outside masks: PolicyError; so where the agent is killed |
+| | just between this note and the answer, the site is absent from that round |
 | a job that is resumed while its round is evaluated | the server keeps that round's model (`hansa.server.store`) |
 | a signed job that this site has forgotten, or never heard of, and as old as one that it has | PolicyError |
 | a power cut between the horizon and what it lets go of | the files are forgotten the next time |
