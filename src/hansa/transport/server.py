@@ -45,6 +45,7 @@ from hansa.pki.identity import Identity
 from hansa.pki.kit import Kit
 from hansa.transport import protocol
 from hansa.transport.budget import Budget
+from hansa.transport.memory import release
 from hansa.transport.messages import (
     CALLS,
     PROTOCOL,
@@ -72,6 +73,9 @@ AHEAD = 2
 """Pieces of a stream that are read or written while another is on the network."""
 WINDOW_BYTES = 48 << 20
 """More than an upload is ever granted, so that the budget alone says what is under way."""
+
+RELEASE_BYTES = 256 << 20
+"""After so many bytes of large files, what the allocator has kept of them goes back."""
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +149,7 @@ class Server:
         self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
         self._configuration: tuple[bytes, ...] = ()
         self._budget = Budget()
+        self._moved = 0
         self._server: Any = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -346,6 +351,7 @@ class Server:
         finally:
             os.close(descriptor)
             self._handlers.sent(caller, num_bytes)
+            self._release(num_bytes)
 
     async def _upload(self, caller: Identity, context: _Context) -> None:
         offer = protocol.decode(Offer, await self._read(context))
@@ -396,6 +402,13 @@ class Server:
                     share.give()
         if incoming.num_bytes_missing:
             raise WireError("An upload ended before all its pieces had come.")
+        self._release(incoming.manifest.num_bytes)
+
+    def _release(self, num_bytes: int) -> None:
+        self._moved += num_bytes
+        if self._moved >= RELEASE_BYTES:
+            self._moved = 0
+            self._threads.submit(release)
 
     @contextlib.asynccontextmanager
     async def _arriving(
