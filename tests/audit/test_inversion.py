@@ -125,6 +125,15 @@ def test_noise_follows_the_whole_job_s_epsilon(tmp_path: Path) -> None:
         assert uploads.alone(subject).plan.terms.noise_multiplier == subject.plan.terms.noise_multiplier
 
 
+def test_where_sites_are_drawn_the_unprotected_job_asks_all_of_them(tmp_path: Path) -> None:
+    plan = {"mechanism": "central", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3}
+    with opened(audited.job(tmp_path, privacy=plan, cohort={"sample": 0.4})) as subject:
+        open_ = uploads.unprotected(uploads.alone(subject))
+        rows = {site: np.arange(1) for site in subject.sites}
+        seen = uploads.one_round(open_, rows).uploads
+        assert sorted(each.site for each in seen) == list(subject.sites)
+
+
 def test_images_are_recovered_without_a_fully_connected_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inversion, "STEPS", 60)
     finding = found(audited.job(tmp_path, recipe=audited.CONVOLUTION))

@@ -137,9 +137,11 @@ def alone(subject: Subject) -> Subject:
 
 
 def unprotected(subject: Subject) -> Subject:
-    """Return the job without clip, noise and masks, to show what they keep from the server."""
+    """Return the job without clip, noise and masks, every site asked, to show what they keep from the server."""
+    job = subject.job
     hidden = {"privacy": None, "secure_aggregation": None, "homomorphic_encryption": None}
-    return subject.of(subject.job.model_copy(update={**hidden, "filters": []}))
+    everybody = job.cohort.model_copy(update={"sample": 1.0})
+    return subject.of(job.model_copy(update={**hidden, "filters": [], "cohort": everybody}))
 
 
 def is_protected(subject: Subject) -> bool:
