@@ -208,7 +208,7 @@ async def test_a_program_that_is_not_functional_is_refused(tmp_path):
         async with Batched(job, tmp_path, other):
             pass
     timed = job_for(train={"max_seconds": 1.0})
-    with pytest.raises(FitError, match="deadline"):
+    with pytest.raises(FitError, match="can stop by itself"):
         async with Batched(timed, tmp_path, program_for(timed)):
             pass
 
