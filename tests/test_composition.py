@@ -116,7 +116,8 @@ async def carried_out(job, engine, directory):
     async with contextlib.aclosing(rounds):
         records = [record async for record in rounds]
     scores = {}
-    await Baselines(job, engine, model.native(), directory, {}, scores.__setitem__).run(Silent())
+    made = Baselines(job, engine, model.native(), directory, {}, scores.__setitem__, job.secret_sums)
+    await made.run(Silent())
     return records, scores
 
 
