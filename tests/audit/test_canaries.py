@@ -24,8 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "central, sampled": {"privacy": {"mechanism": "central"}, "cohort": {"sample": 0.5}},
     "central, adaptive": {"privacy": {"mechanism": "central", "adaptive_clip": {"noise": 3.0}}},
     "central, masked": {"privacy": {"mechanism": "central"}, "secure_aggregation": {}},
-    "central, encrypted": {
-        "privacy": {"mechanism": "central"},
+    "local, encrypted": {
+        "privacy": {"mechanism": "local"},
         "homomorphic_encryption": {"key_site": "a", "full_model": True},
     },
     "dp-ftrl": {"privacy": {"mechanism": "dp-ftrl", "separation": 2}},
@@ -42,7 +42,7 @@ def test_every_canary_counts_for_one_clip(tmp_path: Path, case: str) -> None:
     count = 12 if values.keys() & {"secure_aggregation", "homomorphic_encryption"} else 34
     with opened(job(tmp_path, **{**values, "privacy": privacy, "rounds": 2})) as subject:
         played = canaries.play(subject, count, np.random.default_rng(0), Silent())
-    out = -1.0 if case == "local" else 0.0
+    out = -1.0 if values["privacy"]["mechanism"] == "local" else 0.0
     expected = np.where(played.asked, np.where(played.included, 1.0, out), 0.0)
     close = 20 * FAINT if case != "half precision" else 0.02
     assert np.abs(played.signals - expected).max() < close

@@ -47,6 +47,7 @@ def job(folder: Path, model: Any = LLAMA, **more: Any) -> Job:
         "data": {"train": data, "test_fraction": 0.0},
         "train": SGD,
         "baselines": {"base": False, "local": False},
+        "secure_aggregation": False,  # single updates are attacked
     }
     return parse({**values, **more})
 

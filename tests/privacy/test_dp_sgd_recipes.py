@@ -318,14 +318,13 @@ def test_a_job_that_does_not_fit_is_refused_before_it_trains(tmp_path: Path, mor
         run(job(tmp_path, **more))
 
 
-def test_a_script_is_refused(tmp_path: Path) -> None:
+def test_a_script_that_makes_its_own_steps_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
-    for way in ("own", "prepared"):
-        asked = job(
-            tmp_path,
-            recipe={"name": "script", "path": str(tmp_path / "train.py"), "sites": 2, "steps": way},
-            data=None,
-            model={"factory": "train.py:Net"},
-        )
-        with pytest.raises(FitError, match="no bound can be put on what one example does"):
-            run(asked)
+    asked = job(
+        tmp_path,
+        recipe={"name": "script", "path": str(tmp_path / "train.py"), "sites": 2},
+        data=None,
+        model={"factory": "train.py:Net"},
+    )
+    with pytest.raises(FitError, match="no bound can be put on what one example does"):
+        run(asked)

@@ -102,12 +102,12 @@ async def test_bundles_that_were_not_submitted_count(tmp_path: Path) -> None:
 
 
 async def test_an_update_larger_than_its_plan_meets_the_quota(tmp_path: Path) -> None:
-    async with loopback(tmp_path, quota={"bytes": 8 * MIB}) as federation, federation.lead() as lead:
+    async with loopback(tmp_path, quota={"bytes": 5 * MIB}) as federation, federation.lead() as lead:
         id = await lead.submit(one(recipe={"sites": ["s0"], "size": 150_000}, rounds=1))
         async with Connection(Kit(federation.site("s0")), f"127.0.0.1:{federation.port}") as site:
             given = await asked(site, "train")
             file = random_bytes(tmp_path / "update", 4 * MIB)
-            with pytest.raises(Exception, match=r"may hold 8,388,608 \(quota.bytes"):
+            with pytest.raises(Exception, match=r"may hold 5,242,880 \(quota.bytes"):
                 await site.upload(id, given.task, file, describe(file))
             assert not list((federation.made.server / "jobs" / id / "work" / "updates").iterdir())
         await lead.connection.call(AbortJob(id))

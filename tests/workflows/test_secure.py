@@ -280,7 +280,7 @@ def test_what_does_not_compose_is_refused(tmp_path, values, reason):
 
 
 def test_two_sites_are_too_few(tmp_path):
-    with pytest.raises(PrivacyError, match="needs 3"):
+    with pytest.raises(FitError, match="at least 3 updates, and a round asks 2"):
         run(job(tmp_path, recipe={"num_sites": 2}))
 
 
