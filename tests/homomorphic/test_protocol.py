@@ -18,8 +18,8 @@ from hansa.homomorphic import agreement, ckks, protocol
 from hansa.homomorphic.protocol import Invitation, Part, Terms
 from hansa.homomorphic.server import Server
 from hansa.homomorphic.site import Kept, Key, KeySite, Opened, sealed
-from hansa.secagg.ranges import bounds_of
 from hansa.secagg.local import local_signers
+from hansa.secagg.ranges import bounds_of
 from hansa.secagg.ring import SCALARS, WEIGHT, decoded, summands
 
 SITES = ("a", "b", "c", "d")
