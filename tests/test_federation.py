@@ -11,6 +11,7 @@ import pytest
 
 import toys
 from hansa import federation as module
+from hansa.core.config import parse
 from hansa.errors import (
     AccessError,
     FitError,
@@ -74,6 +75,20 @@ def test_a_job_from_submission_to_results(lead: Federation, tmp_path: Path) -> N
         lead.download(id, tmp_path / "none", names=["modle"])
     assert not (tmp_path / "none").exists()
     assert failure(view.line) is None
+
+
+def test_masks_are_settled_by_one_s_own_roster(lead: Federation) -> None:
+    data = {"train": dict.fromkeys(("s0", "s1", "s2"), "none.npz")}
+    job = parse({"name": "t", "recipe": {"name": "tabular-classification", "inputs": 2}, "data": data})
+    prepared, why = lead.prepared(job)
+    assert prepared.masks is not None
+    assert prepared.masks.by_default
+    assert "on, by default" in why
+    two = job.model_copy(update={"cohort": job.cohort.model_copy(update={"sites": ["s0", "s1"]})})
+    prepared, why = lead.prepared(two)
+    assert prepared.masks is None
+    assert "2 sites take part" in why
+    assert lead.prepared(prepared)[0] == prepared, "settled once"
 
 
 def test_one_key_is_one_job(lead: Federation) -> None:
