@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 # No deadline: a shared machine is slow at times, and that is no defect.
 hypothesis.settings.register_profile("hansa", deadline=None, max_examples=50, print_blob=True)
 hypothesis.settings.load_profile("hansa")
+
+# A shell that starts the tests in the background has them ignore SIGINT, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
