@@ -42,7 +42,8 @@ def update(delta: np.ndarray, examples: float = 1024.0) -> Update:
 
 
 def rejects(draws: np.ndarray, std: float) -> bool:
-    return bool(stats.kstest(draws / std, "norm").pvalue < 1e-4)
+    """Secrets are fresh, so the level is one that no suite ever meets by chance; 2/3 and 3/2 are far beyond it."""
+    return bool(stats.kstest(draws / std, "norm").pvalue < 1e-7)
 
 
 def released(strategy, sums: np.ndarray | None, population: int, model: Model | None = None, state=None) -> np.ndarray:
@@ -132,16 +133,16 @@ def test_local_noise_is_in_the_update_and_never_the_same():
 
 def test_cohorts_are_poisson_samples():
     strategy = protected(fedavg(), terms(rate=0.3), Secret.fresh())
-    sites = [f"s{i}" for i in range(20)]
+    sites = [f"s{i}" for i in range(10)]
     drawn = [strategy.select(sites, number) for number in range(3000)]
-    sizes = np.bincount([len(cohort) for cohort in drawn], minlength=21)
-    assert sizes[0] > 0, "nobody is a cohort too"
-    expected = stats.binom.pmf(np.arange(21), 20, 0.3) * 3000
+    sizes = np.bincount([len(cohort) for cohort in drawn], minlength=11)
+    assert sizes[0] > 0, "nobody is a cohort too: 85 of them on average"
+    expected = stats.binom.pmf(np.arange(11), 10, 0.3) * 3000
     tail = expected >= 5
     observed = [*sizes[tail], sizes[~tail].sum()]
-    assert stats.chisquare(observed, [*expected[tail], expected[~tail].sum()]).pvalue > 1e-4
+    assert stats.chisquare(observed, [*expected[tail], expected[~tail].sum()]).pvalue > 1e-7
     together = np.mean([("s0" in cohort) and ("s1" in cohort) for cohort in drawn])
-    assert abs(together - 0.09) < 5 * math.sqrt(0.09 * 0.91 / 3000), "each takes part by itself"
+    assert abs(together - 0.09) < 6 * math.sqrt(0.09 * 0.91 / 3000), "each takes part by itself"
     assert drawn == [strategy.select(sites, number) for number in range(3000)], "a round made again asks the same"
 
 
