@@ -13,15 +13,17 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
 import toys
 from federations import Loopback, loopback
 from hansa.bundle import Bundle
-from hansa.core import config
+from hansa.core import config, wire
 from hansa.core.config import Job
 from hansa.core.fit import Trait
+from hansa.core.storage import load_tree
 from hansa.errors import PolicyError, StorageError
 from hansa.pki.authority import Authority
 from hansa.pki.identity import Role
@@ -409,6 +411,42 @@ async def test_a_kill_at_each_step_leaves_no_training_uncharged(tmp_path, step, 
             assert view.line.state == "finished", view.line.error
         assert len(kept(lab).entries) == charges
         assert trained(tmp_path) == Counter({"s0 1": trainings})
+
+
+NOTED = """
+import os, signal
+from hansa.site.{module} import {kind}
+step = {kind}.{step}
+def killed(self, *args):
+    step(self, *args)
+    os.kill(os.getpid(), signal.SIGKILL)
+{kind}.{step} = killed
+"""
+"""A kill while a finished update becomes an answer."""
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "step", "charges"), [("outbox", "Outbox", "keep", 2), ("history", "History", "note", 1)]
+)
+async def test_a_kill_between_note_and_answer_costs_neither_the_round_nor_a_second_draw(
+    tmp_path, module, kind, step, charges
+):
+    """What was noted is the answer; what was not is made again, with noise of its own, and charged again."""
+    async with loopback(tmp_path) as lab, lab.lead() as lead:
+        write(lab, 50.0)
+        with agent(lab.site("s0"), NOTED.format(module=module, kind=kind, step=step)) as process:
+            id = await lead.submit(deployed(tmp_path, rounds=1))
+            await until(lambda: process.poll() is not None)
+        (made,) = (lab.site("s0") / "work" / "jobs" / id / "outbox").glob(".*.hansa")
+        update = wire.Spooled(made)
+        drawn = np.asarray(update.parts["delta"]["w"]) / update.header.weight
+        with agent(lab.site("s0")):
+            view = await lead.wait(id)
+        assert view.line.state == "finished", view.line.error
+        assert view.records[0]["accepted"] == ["s0"]
+        assert len(kept(lab).entries) == charges == trained(tmp_path)["s0 1"]
+        model = load_tree(lab.made.server / "jobs" / id / "model" / "model.safetensors")["w"]
+        assert np.allclose(model, drawn, rtol=1e-6) == (charges == 1)
 
 
 async def test_a_kill_while_it_trains_charges_once(tmp_path):

@@ -23,8 +23,8 @@ def bundle(tmp_path) -> Bundle:
     return Bundle(job, lead.identity, {}, datetime.now(UTC))
 
 
-def given(plan: str, kind: str = "train", course: str = "toy", round: int = 1) -> Assignment:
-    return Assignment("t", "toy-1", "0" * 64, kind, course, round, plan, b"")  # type: ignore[arg-type]
+def given(plan: str, kind: str = "train", course: str = "toy", round: int = 1, task: str = "t") -> Assignment:
+    return Assignment(task, "toy-1", "0" * 64, kind, course, round, plan, b"")  # type: ignore[arg-type]
 
 
 def test_one_plan_a_round(tmp_path, bundle):
@@ -52,6 +52,9 @@ def test_a_round_whose_noise_is_drawn_anew_is_answered_once(tmp_path, bundle):
         known.check(given("a", round=2), once=True)
         known.check(given("a"))
         assert known.trained("toy") == {1}
+        assert known.has(given("a"))
+        for other in (given("b"), given("a", round=2), given("a", task="u")):
+            assert not known.has(other)
 
 
 def test_a_plan_that_was_never_answered_may_be_replaced(tmp_path, bundle):

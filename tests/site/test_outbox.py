@@ -73,12 +73,25 @@ def test_an_update_that_can_t_be_synced_or_noted_is_no_answer(folder, tmp_path, 
     assert outbox.finish("t", Outcome(), [note]) == outbox.find("t")
 
 
-def test_what_was_being_made_when_the_agent_was_killed_is_gone(folder):
-    outbox = opened(folder)
-    outbox.begin("t").write_bytes(b"half")
-    assert outbox.find("t") is None
-    assert opened(folder).find("t") is None
-    assert names(folder) == set()
+def test_what_was_being_made_when_the_agent_was_killed_is_no_answer(folder, monkeypatch):
+    """An update that was kept is still there, and durable; it goes when its task is begun again or not wanted."""
+    for again in (lambda outbox: outbox.begin("t"), lambda outbox: outbox.keep_only(["u"])):
+        outbox = opened(folder)
+        made = outbox.begin("t")
+        assert not outbox.kept("t")
+        made.write_bytes(b"update")
+        synced: list[int] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", lambda descriptor, said=synced: said.append(os.fstat(descriptor).st_ino))
+            outbox.keep("t")
+        assert synced == [made.stat().st_ino, folder.stat().st_ino]
+        (folder / ".v.msgpack.tmp").write_bytes(b"half")
+        outbox = opened(folder)
+        assert outbox.find("t") is None
+        assert outbox.kept("t")
+        assert names(folder) == {".t.hansa"}
+        again(outbox)
+        assert not outbox.kept("t")
 
 
 def test_an_answer_without_an_update(folder):
@@ -99,9 +112,9 @@ def test_an_answer_is_kept_until_it_is_acknowledged_or_not_wanted(folder):
     making.write_bytes(b"half")
     outbox.acknowledged("one")
     outbox.acknowledged("one")
-    outbox.keep_only(["a.b"])
+    outbox.keep_only(["a.b", "at.work"])
     assert names(folder) == {"a.b.hansa", ".at.work.hansa"}
-    outbox.acknowledged("at.work")
+    outbox.keep_only(["a.b"])
     assert not making.exists()
 
 

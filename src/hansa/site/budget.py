@@ -22,6 +22,7 @@ In a simulation there are no ledgers: the data are the researcher's own.
 |---|---|
 | killed between charge and training, or while training | trained again, charged once |
 | killed while a finished update is kept | perhaps charged twice; never once for two |
+| killed once it is noted as the answer, before it is one | the same update is sent, charged once |
 | another session of secure aggregation has begun since the charge | PolicyError; the update stays here |
 | a turn of dp-ftrl that the plan does not have, or too soon after the last; the same after a restart | PolicyError |
 | a central job with sampling asks here in more rounds than chance would, but for once in 2⁴⁰ | PolicyError; that |
@@ -106,8 +107,8 @@ def check_promise(job: Job, traits: Collection[Trait]) -> None:
 
 
 def draws_noise(job: Job) -> bool:
-    """Say whether each update of a job is a release by itself, of noise that is drawn anew where it is made again."""
-    return job.privacy is not None and job.privacy.mechanism in ("local", "dp-sgd") and job.secret_sums is None
+    """Say whether a site's update has noise of its own, which would be drawn anew where it is made again."""
+    return job.privacy is not None and job.privacy.mechanism in ("local", "dp-sgd")
 
 
 def check_turn(job: Job, before: Collection[int], round: int) -> None:

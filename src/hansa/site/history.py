@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a site has answered for each signed job, kept for good, so that a server can't have it done over with others.
 
-    work/history/DIGEST.jsonl     {"job", "created"}, then a line for each plan that was answered: {"step", "plan"}
+    work/history/DIGEST.jsonl     {"job", "created"}, then for each plan that was answered {"step", "plan", "task"}
     work/history/DIGEST.secagg/   where the site stands in the job's secure aggregation, and what it has revealed
     work/history/horizon.json     when the newest job was signed that has been forgotten
 
@@ -14,8 +14,11 @@ later than something forgotten is taken up no more, so that nothing forgotten is
 | a signed job under a second id | PolicyError |
 | a second, different plan for a round that was answered | PolicyError |
 | the same plan again: the server was restarted, the answer was lost | carried out again; |
-| | to train under noise that the site draws (local, dp-sgd), outside masks: PolicyError; so where the agent is killed |
-| | just between this note and the answer, the site is absent from that round |
+| | to train under noise that the site draws (local, dp-sgd), outside masks: PolicyError |
+| the agent is killed between this note and the answer, under such noise | the very update that was noted is the |
+| | answer: it was durable before the note; no noise is drawn and nothing is charged again |
+| the same before this note, under masks that were read already | made again it has other values, which are refused |
+| | under the same masks: the site is absent from that attempt |
 | a job that is resumed while its round is evaluated | the server keeps that round's model (`hansa.server.store`) |
 | a signed job that this site has forgotten, or never heard of, and as old as one that it has | PolicyError |
 | a power cut between the horizon and what it lets go of | the files are forgotten the next time |
@@ -60,6 +63,7 @@ class _Horizon(msgspec.Struct):
 class _Answered(msgspec.Struct):
     step: str
     plan: str
+    task: str = ""
 
 
 class History:
@@ -77,7 +81,7 @@ class History:
 
     def __init__(self, folder: Path, bundle: Bundle, job: str) -> None:
         self._path = folder / f"{bundle.digest}.jsonl"
-        self._answered: dict[str, str] = {}
+        self._answered: dict[str, _Answered] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("a+b") as file:
@@ -94,7 +98,7 @@ class History:
                     storage.sync([self._path, folder])
                 for line in lines:
                     said = msgspec.json.decode(line, type=_Answered)
-                    self._answered[said.step] = said.plan
+                    self._answered[said.step] = said
         except OSError as error:
             raise storage.full(self._path, error) from error
         except msgspec.MsgspecError as error:
@@ -125,11 +129,16 @@ class History:
                 f"This site has answered round {given.round} of {given.course!r}. Made again, with other noise, it "
                 "would tell more than the job's privacy plan accounts for."
             )
-        if self._answered.get(_step(given), given.plan) != given.plan:
+        known = self._answered.get(_step(given))
+        if known is not None and known.plan != given.plan:
             raise PolicyError(
                 f"This site has answered another plan to {given.kind} for round {given.round} of {given.course!r}, and "
                 "answers one a round."
             )
+
+    def has(self, given: Assignment) -> bool:
+        """Say whether this very task was noted as answered."""
+        return self._answered.get(_step(given)) == _Answered(_step(given), given.plan, given.task)
 
     def trained(self, course: str) -> set[int]:
         """Return the rounds of a course for which an update was made."""
@@ -145,14 +154,14 @@ class History:
         Raises:
             StorageError: the disk is full.
         """
-        step = _step(given)
-        if step not in self._answered:
+        line = _Answered(_step(given), given.plan, given.task)
+        if line.step not in self._answered:
             try:
                 with self._path.open("r+b") as file:
-                    self._append(file, _Answered(step, given.plan))
+                    self._append(file, line)
             except OSError as error:
                 raise storage.full(self._path, error) from error
-            self._answered[step] = given.plan
+            self._answered[line.step] = line
         return self._path
 
     def _append(self, file: BinaryIO, line: msgspec.Struct) -> None:

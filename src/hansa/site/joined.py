@@ -151,9 +151,11 @@ class JoinedJob:
         """
         self._wanted[self._plan_path(given)] += 1
         try:
-            out = self.outbox.begin(given.task)
             told("receiving")
             job = await self._join(connection, given)
+            if await whole(partial(self._is_drawn, job, given)):
+                return Outcome()
+            out = await whole(partial(self.outbox.begin, given.task))
             if given.kind in PHASES:
                 return await self._exchange(connection, job, given)
             plan = None if given.kind == "inspect" else await self._receive(connection, given, job)
@@ -188,7 +190,19 @@ class JoinedJob:
         if outcome != Outcome():
             return self.outbox.finish(given.task, outcome)
         assert self._history is not None, "the job was joined"
+        assert self._job is not None, "likewise"
+        if given.kind == "train" and budget.draws_noise(self._job):
+            self.outbox.keep(given.task)  # before the note, which after a kill says that it is whole
         return self.outbox.finish(given.task, outcome, [self._history.note(given)])
+
+    def _is_drawn(self, job: Job, given: Assignment) -> bool:
+        """Say whether an update with noise of its own was made for this task, and the agent killed before it answered.
+
+        It has been checked and noted, and its round is charged: it is sent as it is.
+        """
+        assert self._history is not None, "the job was joined"
+        drawn = given.kind == "train" and budget.draws_noise(job)
+        return drawn and self._history.has(given) and self.outbox.kept(given.task)
 
     async def _join(self, connection: Connection, given: Assignment) -> Job:
         """Return the job as this site runs it, its bundle checked by the roster and settings of now."""
@@ -393,7 +407,8 @@ class JoinedJob:
 
     async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
         assert self._history is not None, "the job was joined"
-        self._history.check(given, once=given.kind == "train" and budget.draws_noise(job))
+        once = given.kind == "train" and budget.draws_noise(job) and job.secret_sums is None
+        self._history.check(given, once=once)
         form = course_form(job, given.course, given.kind, self._site)
         await whole(partial(self._make_room, job, given, path, out))
         if given.kind == "train" and job.privacy is not None:

@@ -3,6 +3,7 @@
 
     outbox/TASK.hansa      the update that answers the task
     outbox/TASK.msgpack    what became of a task that has none
+    outbox/.TASK.hansa     an update that is being made, or that was when the agent was killed
 
 A file appears by one rename after it is durable, and goes when the server has acknowledged the answer.
 """
@@ -51,7 +52,7 @@ class Outbox:
         self._directory = directory
         self._spares = spares
         directory.mkdir(parents=True, exist_ok=True)
-        for path in directory.glob(".*"):  # what was being written when the agent was killed
+        for path in directory.glob(f".*{_ANSWER}*"):  # what was being written when the agent was killed
             path.unlink()
 
     def find(self, task: str) -> Entry | None:
@@ -82,6 +83,23 @@ class Outbox:
         except OSError as error:
             raise storage.full(path, error) from error
         return path
+
+    def keep(self, task: str) -> None:
+        """Make an update durable where `begin` said, before it is an answer; :meth:`kept` finds it after a kill.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        made = self._directory / f".{task}{_UPDATE}"
+        try:
+            storage.sync([made])
+            storage.sync_directory(self._directory)
+        except OSError as error:
+            raise storage.full(made, error) from error
+
+    def kept(self, task: str) -> bool:
+        """Say whether an update is where `begin` said; it is whole only if what says so was written after `keep`."""
+        return (self._directory / f".{task}{_UPDATE}").exists()
 
     def finish(self, task: str, outcome: Outcome, notes: Sequence[Path] = ()) -> Entry:
         """Make the answer durable and return it.
@@ -118,5 +136,6 @@ class Outbox:
         """Forget the answers that nobody waits for any more."""
         wanted = set(tasks)
         for path in self._directory.iterdir():
-            if path.stem not in wanted and not path.name.startswith("."):
-                self.acknowledged(path.stem)
+            task = path.stem.removeprefix(".")
+            if task not in wanted and path.suffix in (_ANSWER, _UPDATE):
+                self.acknowledged(task)
