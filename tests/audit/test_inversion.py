@@ -134,6 +134,14 @@ def test_where_sites_are_drawn_the_unprotected_job_asks_all_of_them(tmp_path: Pa
         assert sorted(each.site for each in seen) == list(subject.sites)
 
 
+def test_the_unprotected_job_is_not_masked_by_default_either(tmp_path: Path) -> None:
+    with opened(audited.job(tmp_path, secure_aggregation=MASKS)) as subject:
+        open_ = uploads.unprotected(uploads.alone(subject))
+        seen = uploads.one_round(open_, {site: np.arange(1) for site in subject.sites}).uploads[0]
+        truth = subject.program.batch(seen.site, seen.rows)["inputs"][0]
+        assert cosine(inversion.from_layer(seen.delta["0.weight"], seen.delta["0.bias"], 1)[0], truth) > 0.999999
+
+
 def test_images_are_recovered_without_a_fully_connected_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inversion, "STEPS", 60)
     finding = found(audited.job(tmp_path, recipe=audited.CONVOLUTION))

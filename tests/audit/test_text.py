@@ -66,7 +66,7 @@ def read(subject: Subject, count: int = 4) -> list[tuple[Found, list[int]]]:
     reader = Reader.of(program, subject.params)
     tried = uploads.single_uploads(uploads.alone(subject), count, np.random.default_rng(0), Silent())
     every = {site: text._texts(program, site) for site in subject.sites}
-    return [(reader.found(u.delta, every[u.site][u.rows[0]]), every[u.site][u.rows[0]].tolist()) for u, _ in tried]
+    return [(reader.found(u.delta, [every[u.site][u.rows[0]]]), every[u.site][u.rows[0]].tolist()) for u, _ in tried]
 
 
 def test_a_text_is_read_off_a_plain_update(tmp_path: Path) -> None:
@@ -92,6 +92,18 @@ def test_positions_are_read_where_they_are_embedded(tmp_path: Path) -> None:
             assert found.tokens == set(truth)
             assert found.order == tuple(truth)
             assert found.rows == 1.0, "the embedding is no head: rows that were not read stay as they are"
+
+
+def test_a_round_may_have_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    short = {**DEEP_BERT, "config": {**DEEP_BERT["config"], "max_position_embeddings": 16}}
+    with opened(classified(tmp_path, short, recipe={"name": "sequence-classification", "max_length": 16})) as subject:
+        reader = Reader.of(subject.program, subject.params)
+        texts = text._texts(subject.program, "s0")
+        assert sum(map(len, texts)) > 16
+        seen = uploads.one_round(subject, {site: np.arange(len(texts)) for site in subject.sites})
+        found = reader.found(seen.uploads[0].delta, texts)
+        assert found.rows == 1.0
+        assert found.order is None
 
 
 def test_rows_that_only_decayed_were_not_read(tmp_path: Path) -> None:
@@ -121,7 +133,7 @@ def test_masks_leave_no_more_than_noise(tmp_path: Path) -> None:
         done = read(subject, 12)
         reader = Reader.of(subject.program, subject.params)
         generator = np.random.default_rng(1)
-        nothing = [reader.found(uploads.noise(subject.params, generator), np.array(truth)) for _, truth in done]
+        nothing = [reader.found(uploads.noise(subject.params, generator), [np.array(truth)]) for _, truth in done]
     masked, chance = (np.array([f.best for f in every]) for every in ([found for found, _ in done], nothing))
     assert not uploads.is_better(masked, chance)
     assert uploads.is_better(np.ones(12), chance), "the test can tell"

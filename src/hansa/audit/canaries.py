@@ -181,7 +181,8 @@ def _said(views: Sequence[tuple[str, Measure, Measure, Measure]], most: float) -
     """Return what is told of (adversary, what is proved, what is if noise is normal, what is suggested)."""
     lines = [
         f"Against {adversary} an ε of {proved.bound:.3g} is promised; one run proves {proved.value:.2f} (95 % sure), "
-        f"or {normal.value:.2f} if noise is normal (99.9 %), and suggests {likely.value:.2f}."
+        f"or {normal.value:.2f} if noise is normal (99.9 %), and suggests {likely.value:.2f} "
+        f"(95 %: {likely.low:.2f} to {likely.high:.2f})."
         for adversary, proved, normal, likely in views
     ]
     if any(proved.is_broken or normal.is_broken for _, proved, normal, _ in views):

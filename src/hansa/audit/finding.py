@@ -37,7 +37,7 @@ class Measure:
         name: what is measured.
         value: what the attack reached.
         baseline: what guessing gives, without anything seen; None where that has no meaning.
-        low, high: a confidence interval of the value; None where none was made.
+        low, high: the value's confidence interval, 95 %; None where none was made.
         bound: what it must not exceed, by what the job promises; None where nothing is promised.
         unit: of all these numbers; empty for none.
     """

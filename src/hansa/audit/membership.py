@@ -347,6 +347,9 @@ def _picture(flat: tuple[Values, Coins], found: Shadows) -> Picture:
         axes.set_ylim(least, 1)
         axes.set_xlabel("false alarms (share of others)")
         axes.set_ylabel("members found")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:.4g}")
+            axis.set_minor_formatter("")
         axes.legend(loc="lower right")
 
     note = (

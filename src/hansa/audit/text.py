@@ -50,8 +50,8 @@ NAME = "text recovery"
 IDS = "input_ids"
 
 TRIES = 10
-AT_ONCE = 512
-"""Tokens of the vocabulary that are put through the model together."""
+AT_ONCE = 8192
+"""Tokens of the vocabulary, at as many positions as are tried, that are put through the model together."""
 NEW = 1e-3
 """How far from what was explained already an input lies at least that explains more."""
 STILL = 1e-6
@@ -92,7 +92,7 @@ def attack(subject: Subject, generator: np.random.Generator, progress: Progress)
     texts = {site: _texts(program, site) for site in uploads.program_sites(subject)}
     single = [_single(reader, upload, pool, texts[upload.site]) for upload, pool in tried]
     chance = [
-        reader.found(uploads.noise(subject.params, generator), texts[upload.site][upload.rows[0]])
+        reader.found(uploads.noise(subject.params, generator), [texts[upload.site][upload.rows[0]]])
         for upload, _ in tried
     ]
     own = _own_round(subject, program, reader, texts, generator)
@@ -176,7 +176,7 @@ class Found:
         rows, span: the AUC of telling the text's tokens from all others, by each way; None where it can't be tried.
         tokens: the likeliest ones, as many as there are.
         recall: the share of the text's tokens among them.
-        order: the text, token by token; None where order can't be told.
+        order: the text, token by token; None where order can't be told, or there were several texts.
         placed: the share of positions that it has right.
     """
 
@@ -236,16 +236,17 @@ class Reader:
             model, processor, int(weight.shape[0]), embedding, tied, layers, causal or bool(every.config.is_decoder)
         )
 
-    def found(self, delta: Tree, text: NDArray[np.int64]) -> Found:
-        """Attack one update that came of one text."""
+    def found(self, delta: Tree, texts: Sequence[NDArray[np.int64]]) -> Found:
+        """Attack one update that came of these texts."""
+        text = np.concatenate(texts)
         truth, kinds = _membership(text, self.vocabulary), len(set(text.tolist()))
         rows = self.by_rows(delta)
-        far = self.by_span(delta, len(text), kinds)
+        far = self.by_span(delta, len(text), kinds, max(map(len, texts)))
         still = rows is not None and not self.tied and float(rows.min()) < STILL * float(rows.max())
         score = rows if far is None or still else -far.min(1)
         assert score is not None, "there is one of the two"
         tokens = np.argsort(-score, kind="stable")[:kinds]
-        order = None if far is None else self._ordered(delta, far, tokens, len(text))
+        order = None if far is None or len(texts) > 1 else self._ordered(delta, far, tokens, len(text))
         return Found(
             None if rows is None else auc(rows, truth),
             None if far is None else auc(-far.min(1), truth),
@@ -264,18 +265,26 @@ class Reader:
         unit = weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-300)
         return np.asarray(np.linalg.norm(moved - (moved * unit).sum(1, keepdims=True) * unit, axis=1))
 
-    def by_span(self, delta: Tree, length: int, kinds: int) -> Values | None:
-        """Return each token's distance, at each position, from the first layer's span: (vocabulary, positions or 1)."""
+    def by_span(self, delta: Tree, count: int, kinds: int, longest: int) -> Values | None:
+        """Return each token's distance, at each position, from the first layer's span: (vocabulary, longest or 1).
+
+        Args:
+            delta: the update.
+            count: the tokens of all texts, each as often as it was read.
+            kinds: how many different ones there are.
+            longest: the tokens of the longest text.
+        """
         if not self.layers:
             return None
         first, apart = self.layers[0], self._positions_differ
-        bases = first.bases(delta, length if apart else kinds)
+        bases = first.bases(delta, count if apart else kinds)
         if not bases:
             return None
-        positions = length if apart else 1
+        positions = longest if apart else 1
         found = np.empty((self.vocabulary, positions))
-        for start in range(0, self.vocabulary, AT_ONCE):
-            ids = np.arange(start, min(start + AT_ONCE, self.vocabulary))
+        step = max(1, AT_ONCE // positions)
+        for start in range(0, self.vocabulary, step):
+            ids = np.arange(start, min(start + step, self.vocabulary))
             seen = self._inputs(first, np.repeat(ids[:, None], positions, axis=1))
             found[ids] = distances(seen.reshape(-1, seen.shape[-1]), bases).reshape(len(ids), positions)
         return found
@@ -377,7 +386,7 @@ def _single(
 ) -> tuple[Found, bool]:
     """Return what was found of one text, and whether it was named among those it could be."""
     row = int(upload.rows[0])
-    found = reader.found(upload.delta, texts[row])
+    found = reader.found(upload.delta, [texts[row]])
     likeness = [len(found.tokens & set(texts[i].tolist())) / len(found.tokens | set(texts[i].tolist())) for i in pool]
     alike = np.flatnonzero(np.isclose(likeness, max(likeness)))
     same = [i for i in alike if np.array_equal(texts[pool[i]], texts[row])]
@@ -398,12 +407,13 @@ def _own_round(
     if not seen.uploads:
         return []
     first = seen.uploads[0].site
-    attacked = [("an upload", seen.uploads[0].delta, np.concatenate(texts[first]))]
+    attacked = [("an upload", seen.uploads[0].delta, texts[first])]
     if subject.job.secret_sums is not None:
-        every = [np.concatenate(texts[upload.site]) for upload in seen.uploads]
-        attacked.append(("the sum", seen.total, np.concatenate(every)))
+        attacked.append(("the sum", seen.total, [text for upload in seen.uploads for text in texts[upload.site]]))
     nothing = uploads.noise(subject.params, generator)
-    return [(what, reader.found(delta, text).best, reader.found(nothing, text).best) for what, delta, text in attacked]
+    return [
+        (what, reader.found(delta, those).best, reader.found(nothing, those).best) for what, delta, those in attacked
+    ]
 
 
 def _finding(
@@ -478,7 +488,7 @@ def _picture(
         if plain is not None:
             rows = {site: upload.rows if site == upload.site else np.arange(1) for site in texts}
             deltas = {each.site: each.delta for each in uploads.one_round(plain, rows).uploads}
-            lines.append(("plain", _read(reader, reader.found(deltas[upload.site], text))))
+            lines.append(("plain", _read(reader, reader.found(deltas[upload.site], [text]))))
         lines.append(("protected" if plain is not None else "read", _read(reader, found)))
 
     def draw(axes: Any) -> None:

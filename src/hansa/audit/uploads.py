@@ -26,6 +26,7 @@ from hansa import registry
 from hansa.audit.finding import Measure, Verdict
 from hansa.audit.subject import Rows, Subject, Transparent
 from hansa.core import tree as trees
+from hansa.core.config import SecureAggregationSection
 from hansa.core.tree import Array, Tree
 from hansa.core.values import Aggregate, Update
 from hansa.runs.progress import Progress
@@ -33,7 +34,9 @@ from hansa.runs.progress import Progress
 DELTA = "delta"
 CANDIDATES = 64
 """Examples among which the one behind an upload is looked for, at most."""
-CONFIDENCE = 0.999
+CONFIDENCE = 0.95
+"""Of the intervals that are shown."""
+SURE = 0.999
 """Of the interval whose lower end must not be above a bound."""
 CHANCE = 1e-4
 """An attack on uploads is better than the one on noise where chance explains it less often than this."""
@@ -139,9 +142,10 @@ def alone(subject: Subject) -> Subject:
 def unprotected(subject: Subject) -> Subject:
     """Return the job without clip, noise and masks, every site asked, to show what they keep from the server."""
     job = subject.job
-    hidden = {"privacy": None, "secure_aggregation": None, "homomorphic_encryption": None}
+    unmasked = SecureAggregationSection(off="what it keeps from the server is shown")  # None: on by default
+    protections = {"privacy": None, "secure_aggregation": unmasked, "homomorphic_encryption": None}
     everybody = job.cohort.model_copy(update={"sample": 1.0})
-    return subject.of(job.model_copy(update={**hidden, "filters": [], "cohort": everybody}))
+    return subject.of(job.model_copy(update={**protections, "filters": [], "cohort": everybody}))
 
 
 def is_protected(subject: Subject) -> bool:
@@ -193,7 +197,8 @@ def named(right: int, tries: int, among: int, subject: Subject) -> tuple[Measure
     epsilon = subject.promised("the server")
     if epsilon is not None and subject.job.privacy is not None:
         most = min(1.0, float(np.exp(min(epsilon, 700.0))) / among + subject.job.privacy.delta)
-        measures.append(Measure(f"right example named, at least ({CONFIDENCE:.1%} sure)", low, 1 / among, bound=most))
+        least, _ = clopper_pearson(right, tries, SURE)
+        measures.append(Measure(f"right example named, at least ({SURE:.1%} sure)", least, 1 / among, bound=most))
     return tuple(measures)
 
 

@@ -96,7 +96,7 @@ def _table(finding: Finding) -> Table:
     )
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, header_style="dim")
     table.add_column("measure")
-    for name in ("found", "guessing", "promised"):
+    for name in ("found", "95 % interval", "guessing", "promised"):
         table.add_column(name, justify="right", no_wrap=True)
     for measure in finding.measures:
         table.add_row(Text(measure.name), *_cells(measure))
@@ -107,12 +107,13 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _cells(measure: Measure) -> tuple[Text, Text, Text]:
+def _cells(measure: Measure) -> tuple[Text, Text, Text, Text]:
     unit = f" {measure.unit}" if measure.unit else ""
+    between = "" if measure.low is None or measure.high is None else f"{number(measure.low)} to {number(measure.high)}"
     value, baseline, bound = (
         Text("" if item is None else f"{number(item)}{unit}")
         for item in (measure.value, measure.baseline, measure.bound)
     )
     if measure.is_broken:
         value.stylize("bold red")
-    return value, baseline, bound
+    return value, Text(between), baseline, bound
