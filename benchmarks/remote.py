@@ -31,6 +31,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection as PipeConnection
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from hansa.core import config
@@ -91,11 +92,13 @@ class Watch:
             for kind, pid in known.values():
                 self.peaks[kind] = max(self.peaks.get(kind, 0), anonymous(pid))
 
-    def seconds(self) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def used(self) -> dict[str, np.ndarray]:
+        """Return the processor seconds of each kind of process, and the bytes it has read from files and written."""
+        found: dict[str, np.ndarray] = {}
         for kind, process in self.processes():
-            used = process.cpu_times()
-            found[kind] = found.get(kind, 0.0) + used.user + used.system
+            times, moved = process.cpu_times(), process.io_counters()
+            spent = np.array([times.user + times.system, moved.read_chars, moved.write_chars])
+            found[kind] = found.get(kind, np.zeros(3)) + spent
         return found
 
     @contextmanager
@@ -201,11 +204,11 @@ def rounds(arguments: argparse.Namespace, folder: Path) -> None:
         ends: list[float] = []
         with watch.sampling():
             id = federation.federation.submit(federation.job)
-            before = after = watch.seconds()
+            before = after = watch.used()
             for event in federation.federation.follow(id):
                 if event.kind == "round":
                     ends.append(datetime.fromisoformat(event.time).timestamp())
-                    after = watch.seconds()
+                    after = watch.used()
                     before = after if len(ends) == 1 else before
         view = federation.federation.job(id)
         if view.line.state != "finished":
@@ -223,10 +226,14 @@ def rounds(arguments: argparse.Namespace, folder: Path) -> None:
         # The sites share one relay that gives each connection its own rate, so each uses its own link.
         each = moved / arguments.sites / 2 / (arguments.mbit * 1e6 / 8)
         print(f"  the link alone: {2 * each:.2f} s; used to {2 * each / median:.0%}")
-    print("| processes | processor s a GiB moved | peak anonymous MiB |\n|---|---|---|")
+    print("| processes | processor s a round | a GiB moved | models read a round | written | peak anonymous MiB |")
+    print("|---|---|---|---|---|---|")
     for kind in sorted(after):
-        used = (after[kind] - before.get(kind, 0.0)) / (moved * len(times) / (1 << 30))
-        print(f"| {kind} | {used:.2f} | {watch.peaks.get(kind, 0) / MIB:.0f} |")
+        used, read, written = (after[kind] - before.get(kind, 0.0)) / len(times)
+        print(
+            f"| {kind} | {used:.2f} | {used / moved * (1 << 30):.2f} | {read / (arguments.mib * MIB):.1f} "
+            f"| {written / (arguments.mib * MIB):.1f} | {watch.peaks.get(kind, 0) / MIB:.0f} |"
+        )
 
 
 def starts(federation: Lab) -> None:
