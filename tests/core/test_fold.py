@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hansa.core import fold as folds
+from hansa.core import storage, wire
 from hansa.core import tree as trees
-from hansa.core import wire
 from hansa.core.fold import Fold
 from hansa.core.values import Aggregate, Update
 from hansa.errors import NonFiniteError, StorageError, WireError
@@ -355,8 +355,9 @@ def test_an_update_that_changes_while_it_waits_ends_the_round(tmp_path: Path) ->
     data = bytearray(handle.path.read_bytes())
     data[-1] ^= 1
     handle.path.write_bytes(data)
+    folding.add(updates[0])
     with pytest.raises(StorageError, match=r"site hamburg, round 1: .*changed while it waited.*Resume the run"):
-        folding.add(updates[0])
+        folding.close()
 
 
 def test_a_sum_that_overflows_is_an_error_and_no_infinite_model() -> None:
@@ -453,8 +454,9 @@ def test_early_updates_wait_on_disk_and_are_gone_when_added(tmp_path: Path) -> N
         folding.add(item)
         assert len([*tmp_path.iterdir()]) == waiting
     folding.add(updates[0])
-    assert not [*tmp_path.iterdir()]
+    assert len([*tmp_path.iterdir()]) < folds.TOGETHER
     assert bits(folding.close()) == bits(fold_all(updates))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_early_updates_are_gone_after_close_too(tmp_path: Path) -> None:
@@ -516,11 +518,61 @@ def in_child(code: str, *arguments: Any) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system can't claim disk space")
-def test_the_blocks_of_a_mapped_accumulator_are_claimed_before_it_is_used(tmp_path: Path) -> None:
-    """A sparse file would be made without complaint, and end the process with SIGBUS when the disk is full."""
-    mapped = folds._mapped_zeros(tmp_path / "a", 3 << 20)
+def test_the_blocks_of_an_accumulator_are_claimed_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So a disk that is too full says so before anything is added, and a round is not half done."""
+    monkeypatch.setattr(folds, "MAP_BYTES", 0)
+    layout = update("x", {"w": np.zeros(3 << 18, np.float32)}).header.layout["delta"]
+    begun = folds._Sum(layout, {"w": np.dtype(np.float32)}, tmp_path / "a")
     assert (tmp_path / "a").stat().st_blocks * 512 >= 3 << 20
-    assert not mapped.any()
+    assert not begun.read("w", 0, 1000).any()
+    begun.close()
+
+
+@pytest.mark.parametrize("count", [1, folds.TOGETHER - 1, folds.TOGETHER, folds.TOGETHER + 1, 3 * folds.TOGETHER])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_updates_on_disk_are_added_several_at_a_time_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, mapped: bool
+) -> None:
+    rng = np.random.default_rng(7)
+    sites = [f"s{i:02d}" for i in range(count)]
+    sizes = {"w": trees.BLOCK + 5, "b": 1}
+    updates = [
+        update(site, {n: (rng.normal(size=k) * 10.0 ** rng.integers(-3, 3, k)).astype(BF16) for n, k in sizes.items()})
+        for site in sites
+    ]
+    expected = bits(fold_all(updates, order=sites))
+    monkeypatch.setattr(folds, "MAP_BYTES", 0 if mapped else 1 << 30)
+    folding = new_fold(updates[0], tmp_path / "work", order=sites)
+    (tmp_path / "work").mkdir()
+    for item in updates[::-1] if mapped else updates:
+        folding.add(wire.spool(item, tmp_path / item.site))
+    total = folding.close()
+    assert bits(total) == expected
+    assert total.count == count
+    assert [path.name for path in tmp_path.iterdir()] == ["work"], "what has been added is freed"
+    folding.discard()
+    assert {path.name for path in (tmp_path / "work").iterdir()} <= {storage.SPARES}
+
+
+def test_an_update_that_is_about_to_be_added_has_answered(tmp_path: Path) -> None:
+    updates = random_updates()
+    folding = new_fold(updates[0])
+    folding.add(wire.spool(updates[0], tmp_path / "u"))
+    with pytest.raises(WireError, match="has answered already"):
+        folding.add(updates[0])
+    folding.skip(updates[0].site)
+    assert folding.close().count == 1
+    folding.discard()
+
+
+def test_discard_frees_what_is_about_to_be_added(tmp_path: Path) -> None:
+    updates = random_updates()
+    folding = new_fold(updates[0])
+    folding.add(wire.spool(updates[0], tmp_path / "u"))
+    folding.discard()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_disk_too_full_for_the_accumulator_is_an_error_before_it_is_used(tmp_path: Path) -> None:
@@ -541,7 +593,7 @@ try:
 except StorageError as error:
     print(error)
 """
-    assert "Can't map an accumulator of 4000000 bytes" in in_child(code, tmp_path)
+    assert "Can't keep a sum of 4000000 bytes" in in_child(code, tmp_path)
     assert not [*tmp_path.iterdir()]
 
 

@@ -3,13 +3,16 @@
 
 Guarantees, each held by a test:
 
-- memory is the model's accumulator and a few chunks, whatever the number of sites; an update that arrives
-  before its turn waits on disk;
+- memory is the model's accumulator, or where that is large, in a file, a few chunks, whatever the number of sites; an
+  update that arrives before its turn waits on disk;
 - updates are added in the order of site names in ``order``, so the bits of the sum depend on the set of accepted
   updates alone, never on their arrival;
 - sums are kept in float32, and in float64 where the model is float64, whatever dtype an update arrives in;
 - an update is checked whole (layout, checksums, finiteness) before its first element is added, and the disk space
-  of a mapped accumulator is claimed before it is used.
+  of an accumulator is claimed before it is used.
+
+Updates that lie on disk are added several at a time, block by block, so an accumulator is read and written once for
+``TOGETHER`` of them. It is not mapped for that: a first write to a mapped page costs more than the adding.
 
 | case | result |
 |---|---|
@@ -27,8 +30,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,11 +41,14 @@ from hansa.core import storage, wire
 from hansa.core import tree as trees
 from hansa.core.ports import Handle
 from hansa.core.tree import Array, Layout
-from hansa.core.values import Aggregate, Header, Update
+from hansa.core.values import Aggregate, Chunk, Header, Update
 from hansa.errors import NonFiniteError, StorageError, WireError
 
 MAP_BYTES = trees.LARGE
-"""Accumulators larger than this are memory-mapped files."""
+"""Accumulators larger than this are files, mapped once they are whole."""
+
+TOGETHER = 4
+"""How many updates on disk are added at a time."""
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -82,16 +90,16 @@ class Fold:
         self._directory = directory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._waiting: dict[str, tuple[Handle, float] | None] = {}
-        self._done: set[str] = set()
         self._next = 0
-        self._sums: dict[str, dict[str, Array]] = {}
-        self._files: list[Path] = []
+        self._due: list[tuple[Handle, float]] = []  # their turn has come, and they lie on disk
+        self._done: set[str] = set()  # the sites of these, and of what was added
+        self._sums: dict[str, _Sum] = {}
         self._weight = 0.0
         self._count = 0.0
         self._metrics: dict[str, float] = {}
 
     def add(self, handle: Handle, discount: float = 1.0) -> None:
-        """Accept one update; it is added now if its turn has come, and waits on disk if not.
+        """Accept one update; it is added once its turn has come, and waits on disk until then.
 
         An update that is accepted is released once it has been added. One that is not stays the caller's.
 
@@ -133,23 +141,27 @@ class Fold:
         for site in self._order[self._next :]:
             self._waiting.setdefault(site, None)
         self._advance()
-        for part, tree in self._sums.items():
+        self._add_due()
+        sums = {part: total.whole() for part, total in self._sums.items()}
+        for part, tree in sums.items():
             name = trees.first_non_finite(tree)
             if name is not None:
                 raise NonFiniteError(f"The sum of all updates overflows in tensor {name!r} of {part!r}.")
         if self._weight > _LARGEST:
             raise NonFiniteError("The sum of all updates' weights overflows.")
-        return Aggregate(self._sums, self._weighed, self._weight, self._count, self._population, dict(self._metrics))
+        return Aggregate(sums, self._weighed, self._weight, self._count, self._population, dict(self._metrics))
 
     def discard(self) -> None:
         """Free the accumulators and every waiting update."""
-        for entry in self._waiting.values():
+        for entry in (*self._waiting.values(), *self._due):
             if entry:
                 entry[0].release()
-        self._waiting = {}
+        self._waiting, self._due = {}, []
+        for total in self._sums.values():
+            total.close()
+            if total.path is not None:
+                self._spares().give(total.path)
         self._sums = {}
-        for path in self._files:
-            self._spares().give(path)
         if self._temporary:
             self._temporary.cleanup()
 
@@ -222,76 +234,147 @@ class Fold:
             entry = self._waiting.pop(site)
             self._next += 1
             if entry:
-                handle, discount = entry
-                try:
-                    self._accumulate(handle, discount)
-                except WireError as error:
-                    raise StorageError(
-                        f"The update changed while it waited on disk: {error.message} Resume the run.",
-                        site=site,
-                        round=handle.header.round,
-                    ) from error
+                self._due.append(entry)
                 self._done.add(site)
-                handle.release()
+                if isinstance(entry[0], Update) or len(self._due) == TOGETHER:
+                    self._add_due()
 
-    def _accumulate(self, handle: Handle, discount: float) -> None:
-        header = handle.header
-        self._put(handle, discount)
-        self._weight += header.weight * discount
-        self._count += discount
-        for name, value in header.sums.items():
-            self._metrics[name] = self._metrics.get(name, 0.0) + value
+    def _add_due(self) -> None:
+        due, self._due = self._due, []
+        if due:
+            self._put(due)
+        for handle, discount in due:
+            header = handle.header
+            self._weight += header.weight * discount
+            self._count += discount
+            for name, value in header.sums.items():
+                self._metrics[name] = self._metrics.get(name, 0.0) + value
+            handle.release()
 
-    def _put(self, handle: Handle, discount: float) -> None:
-        """Add the tensors of one update, whose turn has come, to the sums."""
+    def _put(self, due: Sequence[tuple[Handle, float]]) -> None:
+        """Add the tensors of updates, in their order, to the sums.
+
+        Raises:
+            StorageError: one can't be read any more, or the disk is full.
+        """
         if not self._sums:
-            self._sums = {
-                part: self._accumulators(number, layout) for number, (part, layout) in enumerate(self._expected.items())
-            }
-        with np.errstate(over="ignore"):
-            for chunk in handle.chunks():
-                total = self._sums[chunk.part][chunk.tensor].reshape(-1)
-                total = total[chunk.start : chunk.start + chunk.values.size]
-                values = chunk.values
-                if discount != 1.0:
-                    values = values.astype(total.dtype) * total.dtype.type(discount)
-                np.add(total, values, out=total, dtype=total.dtype, casting="same_kind")
+            for number, (part, layout) in enumerate(self._expected.items()):
+                self._sums[part] = self._begun(number, layout)
+        for chunks in zip(*(reading(handle) for handle, _ in due), strict=True):
+            first = chunks[0]
+            sums = self._sums[first.part]
+            total = sums.read(first.tensor, first.start, first.values.size)
+            with np.errstate(over="ignore"):
+                for chunk, (_, discount) in zip(chunks, due, strict=True):
+                    values = chunk.values
+                    if discount != 1.0:
+                        values = values.astype(total.dtype) * total.dtype.type(discount)
+                    np.add(total, values, out=total, dtype=total.dtype, casting="same_kind")
+            sums.write(first.tensor, first.start, total)
+        for sums in self._sums.values():
+            sums.begun = True
 
-    def _accumulators(self, number: int, layout: Layout) -> dict[str, Array]:
+    def _begun(self, number: int, layout: Layout) -> _Sum:
         dtypes = {name: trees.wide(trees.dtype_of(spec.dtype)) for name, spec in layout.items()}
-        total = sum(dtypes[name].itemsize * spec.size for name, spec in layout.items())
-        if total <= MAP_BYTES:
-            return {name: np.zeros(spec.shape, dtypes[name]) for name, spec in layout.items()}
+        if sum(dtypes[name].itemsize * spec.size for name, spec in layout.items()) <= MAP_BYTES:
+            return _Sum(layout, dtypes)
         path = self._folder() / f"accumulator-{number}.bin"
         path.unlink(missing_ok=True)
         self._spares().take(path)
-        self._files.append(path)
-        buffer = _mapped_zeros(path, total)
-        arrays: dict[str, Array] = {}
-        offset = 0
-        for name in sorted(layout, key=lambda name: -dtypes[name].itemsize):  # float64 first: all stay aligned
-            end = offset + dtypes[name].itemsize * layout[name].size
-            arrays[name] = buffer[offset:end].view(dtypes[name]).reshape(layout[name].shape)
-            offset = end
-        return {name: arrays[name] for name in layout}
+        return _Sum(layout, dtypes, path)
 
 
-_ZEROS = memoryview(bytes(1 << 20))
+def reading(handle: Handle) -> Iterator[Chunk]:
+    """Yield the chunks of an update that has been checked.
 
-
-def _mapped_zeros(path: Path, num_bytes: int) -> Array:
-    """Return ``num_bytes`` zeros in a file; its blocks are claimed first, as a disk that is found full while
-    mapped memory is written ends the process with SIGBUS."""
+    Raises:
+        StorageError: it is not what it was.
+    """
     try:
-        with storage.rewritten(path) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-            for start in range(0, num_bytes, len(_ZEROS)):  # pages that are there cost a fraction of a fault's
-                file.write(_ZEROS[: num_bytes - start])
-        return np.memmap(path, np.uint8, "r+", shape=(num_bytes,))
-    except OSError as error:
-        path.unlink(missing_ok=True)
+        yield from handle.chunks()
+    except WireError as error:
         raise StorageError(
-            f"Can't map an accumulator of {num_bytes} bytes at {path}: {error.strerror}. "
-            "Free some space or set output.dir to a larger disk, then resume."
+            f"The update changed while it waited on disk: {error.message} Resume the run.",
+            site=handle.header.site,
+            round=handle.header.round,
         ) from error
+
+
+class _Sum:
+    """The sums of a part's tensors, all zero at first: in memory, or in the file ``path``.
+
+    Attributes:
+        path: the file.
+        begun: whether all of it has been written.
+        close: closes the file; what is mapped stays.
+    """
+
+    def __init__(self, layout: Layout, dtypes: Mapping[str, np.dtype[Any]], path: Path | None = None) -> None:
+        self.path = path
+        self.begun = False
+        self.close: Callable[[], object] = lambda: None
+        self._layout = layout
+        self._dtypes = dtypes
+        self._arrays: dict[str, Array] = {}
+        if path is None:
+            self._arrays = {name: np.zeros(spec.shape, dtypes[name]) for name, spec in layout.items()}
+            return
+        self._places: dict[str, int] = {}
+        self._num_bytes = 0
+        for name in sorted(layout, key=lambda name: -dtypes[name].itemsize):  # float64 first: all stay aligned
+            self._places[name] = self._num_bytes
+            self._num_bytes += dtypes[name].itemsize * layout[name].size
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.close = weakref.finalize(self, os.close, self._descriptor)
+            os.ftruncate(self._descriptor, self._num_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._descriptor, 0, self._num_bytes)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise self._failed(error) from error
+
+    def read(self, name: str, start: int, size: int) -> Array:
+        """Return a copy, or where sums are in memory a view, of so many elements of a tensor."""
+        if self.path is None:
+            return self._arrays[name].reshape(-1)[start : start + size]
+        values = np.zeros(size, self._dtypes[name])
+        if self.begun:
+            done, raw = 0, memoryview(values.view(np.uint8).data)
+            while done < len(raw):
+                step = os.preadv(self._descriptor, [raw[done:]], self._place(name, start) + done)
+                if not step:
+                    raise StorageError(f"{self.path} became shorter while it was in use. Resume the run.")
+                done += step
+        return values
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        """Put back what `read` gave."""
+        if self.path is None:
+            return
+        done, raw = 0, memoryview(values.view(np.uint8).data)
+        try:
+            while done < len(raw):
+                done += os.pwrite(self._descriptor, raw[done:], self._place(name, start) + done)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def whole(self) -> dict[str, Array]:
+        """Return the sums; those in a file are mapped."""
+        if self.path is None or self._arrays:
+            return self._arrays
+        mapped = np.memmap(self.path, np.uint8, "r", shape=(self._num_bytes,))
+        for name, spec in self._layout.items():
+            begin, dtype = self._places[name], self._dtypes[name]
+            raw = mapped[begin : begin + dtype.itemsize * spec.size]
+            self._arrays[name] = raw.view(np.ndarray).view(dtype).reshape(spec.shape)
+        return self._arrays
+
+    def _place(self, name: str, start: int) -> int:
+        return self._places[name] + start * self._dtypes[name].itemsize
+
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"Can't keep a sum of {self._num_bytes} bytes at {self.path}: {error.strerror}. "
+            "Free some space or set output.dir to a larger disk, then resume."
+        )

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from hansa.core import tree as trees
 from hansa.core.each import Rows, Rule, places
-from hansa.core.fold import Fold
+from hansa.core.fold import Fold, reading
 from hansa.core.ports import Handle
 from hansa.core.tree import Layout
 from hansa.core.values import Aggregate
@@ -102,11 +102,15 @@ class Stack(Fold):
         self._close()
         super().discard()
 
-    def _accumulate(self, handle: Handle, discount: float) -> None:
-        super()._accumulate(handle, discount)
+    def _add_due(self) -> None:
+        super()._add_due()
         self._weight = float(len(self._kept))
 
-    def _put(self, handle: Handle, discount: float) -> None:
+    def _put(self, due: Sequence[tuple[Handle, float]]) -> None:
+        for handle, _ in due:
+            self._keep(handle)
+
+    def _keep(self, handle: Handle) -> None:
         begin = len(self._kept) * self._width
         try:
             if self._file is None:
@@ -114,7 +118,7 @@ class Stack(Fold):
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
                 self._close = weakref.finalize(self, os.close, self._file)
                 path.unlink()  # it is this round's only, and goes with its descriptor, whatever ends the process
-            for chunk in handle.chunks():
+            for chunk in reading(handle):
                 offset, dtype = self._places[chunk.part, chunk.tensor]
                 raw = memoryview(chunk.values.astype(dtype).tobytes())
                 place = begin + offset + chunk.start * dtype.itemsize
