@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ LEFT_OUT = PHASES[1:5]
 MASKS: dict[str, Any] = {"weight_cap": 1e5, "metrics": {}}
 
 
-def job_of(folder: Path, masks: Any, rounds: int = 1) -> Job:
+def job_of(root: Path, name: str, masks: Any, rounds: int = 1) -> Job:
+    """Return the job whose runs go to ``root/name``; its text is in ``root/text``, as the checkout may change."""
     options = [
         f"partition.sites={NUM_SITES}",
         "train.steps=5",
@@ -57,11 +59,11 @@ def job_of(folder: Path, masks: Any, rounds: int = 1) -> Job:
         "baselines.base=false",
         "baselines.local=false",
         'model.adapter={method="lora", r=8}',
-        f"data.train={json.dumps([str(ROOT / '*.md'), str(ROOT / 'docs' / '*.md')])}",
+        f"data.train={root / 'text'}/*.md",
     ]
     job = hansa.load(ROOT / "examples" / "quickstart.toml", options)
     section = SecureAggregationSection.model_validate(masks)
-    output = job.output.model_copy(update={"dir": str(folder)})
+    output = job.output.model_copy(update={"dir": str(root / name)})
     return job.model_copy(update={"secure_aggregation": section, "output": output})
 
 
@@ -101,7 +103,7 @@ def silent(phase: str) -> Iterator[list[float]]:
         yield weights
 
 
-def simulated(folder: Path, rounds: int) -> None:
+def simulated(root: Path, rounds: int) -> None:
     plain: dict[bool, dict[str, np.ndarray]] = {}
     print("| who drops out | largest difference to the plain sum | over the largest element | seconds a round |")
     print("|---|---|---|---|")
@@ -109,9 +111,9 @@ def simulated(folder: Path, rounds: int) -> None:
         left_out = phase in LEFT_OUT
         if left_out not in plain:
             with silent("train" if left_out else "nobody"):
-                plain[left_out] = adapter(hansa.run(job_of(folder / f"plain-{left_out}", False, rounds)).directory)
+                plain[left_out] = adapter(hansa.run(job_of(root, f"plain-{left_out}", False, rounds)).directory)
         with silent(phase):
-            done = hansa.run(job_of(folder / phase, MASKS, rounds))
+            done = hansa.run(job_of(root, phase, MASKS, rounds))
         difference = apart(adapter(done.directory), plain[left_out])
         seconds = np.median([record["seconds"] for record in done.records])
         who = "nobody" if phase == "nobody" else f"3 of 10 in {phase}"
@@ -136,12 +138,12 @@ class Expected:
     bound: float
 
     @classmethod
-    def of(cls, folder: Path, left_out: bool) -> Expected:
+    def of(cls, root: Path, left_out: bool) -> Expected:
         """Work it out by two simulations, whose sites of GONE are silent if they are to be left out."""
         with silent("train" if left_out else "nobody") as weights:
-            plain = adapter(hansa.run(job_of(folder / "plain", False)).directory)
+            plain = adapter(hansa.run(job_of(root, f"plain-{left_out}", False)).directory)
         with silent("train" if left_out else "nobody"):
-            open_job = job_of(folder / "ring", {**MASKS, "by_default": True})
+            open_job = job_of(root, f"ring-{left_out}", {**MASKS, "by_default": True})
             ring = adapter(hansa.run(open_job).directory)
         section = open_job.secure_aggregation
         assert section is not None, "the job has masks"
@@ -168,16 +170,16 @@ class Row:
     problem: str
 
 
-def deployed(folder: Path, lease_s: float, told: bool) -> list[Row]:
-    expected = {left_out: Expected.of(folder / f"expected-{left_out}", left_out) for left_out in (False, True)}
-    job = job_of(folder / "runs", MASKS)
+def deployed(root: Path, lease_s: float, told: bool) -> list[Row]:
+    expected = {left_out: Expected.of(root, left_out) for left_out in (False, True)}
+    job = job_of(root, "runs", MASKS)
     rows = []
     if told:
         print(
             "| phase | killed | in the sum | greatest difference to the plain sum | its bound | step of the ring | "
             "bits of the sum without masks | seconds |\n|---|---|---|---|---|---|---|---|"
         )
-    with lab(job, directory=folder / "lab", settings={"lease_s": lease_s}) as federation:
+    with lab(job, directory=root / "lab", settings={"lease_s": lease_s}) as federation:
         for phase in PHASES:
             rows.append(row := round_of(federation, phase, expected[phase in LEFT_OUT]))
             if told:
@@ -238,11 +240,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "text").mkdir()
+        for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+            shutil.copy(path, root / "text")
         if not arguments.lab:
-            simulated(Path(folder), arguments.rounds)
+            simulated(root, arguments.rounds)
             return
         sys.path.append(str(ROOT / "tests"))
-        rows = deployed(Path(folder), arguments.lease_s, not arguments.json)
+        rows = deployed(root, arguments.lease_s, not arguments.json)
     if arguments.json:
         print(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2))
     for row in rows:

@@ -225,12 +225,17 @@ class Spares:
 
         Args:
             path: the file that is to be; one that is there already stays.
-            num_bytes: how much is to be written; for a few bytes none is taken.
+            num_bytes: how much is to be written: the smallest spare that has as much is taken, or else the largest; for
+                a few bytes none is.
 
         Returns:
             Whether there is one now, to be written over.
         """
+        sizes: dict[Path, int] = {}
         for spare in self._found() if num_bytes >= _WORTH_BYTES else []:
+            with contextlib.suppress(FileNotFoundError):  # another process took it
+                sizes[spare] = spare.stat().st_size
+        for spare in sorted(sizes, key=lambda path: (sizes[path] < num_bytes, abs(sizes[path] - num_bytes))):
             mine = spare.with_name(f".{spare.name}")
             with contextlib.suppress(OSError):
                 spare.rename(mine)  # of several who want it one succeeds

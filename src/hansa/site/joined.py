@@ -402,8 +402,9 @@ class JoinedJob:
             StorageError: there is none.
         """
         self._forget_plans(path)
-        if given.kind != "train" or not self._spares.take(out, path.stat().st_size):
-            _check_room(out.parent, path, _times(job))
+        needed = _times(job) * path.stat().st_size
+        if given.kind != "train" or not self._spares.take(out, needed) or out.stat().st_size < needed:
+            _check_room(out, needed)
 
     async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
         assert self._history is not None, "the job was joined"
@@ -555,11 +556,12 @@ def _times(job: Job) -> int:
     return _MASKED if job.homomorphic_encryption is None else _ENCRYPTED
 
 
-def _check_room(folder: Path, plan: Path, times: int) -> None:
-    """Raise StorageError if an update of ``times`` the plan has no room: before a round is trained, not after."""
-    free, needed = shutil.disk_usage(folder).free, times * plan.stat().st_size + _SPARE_BYTES
+def _check_room(out: Path, num_bytes: int) -> None:
+    """Raise StorageError if an update of so many bytes has no room: before a round is trained, not after."""
+    held = out.stat().st_size if out.exists() else 0
+    free, needed = shutil.disk_usage(out.parent).free, num_bytes - held + _SPARE_BYTES
     if free < needed:
-        raise StorageError(f"An update needs up to {needed:,} bytes in {folder}, and {free:,} are free.")
+        raise StorageError(f"An update needs up to {needed:,} bytes in {out.parent}, and {free:,} are free.")
 
 
 def _read_manifest(path: Path) -> Manifest | None:

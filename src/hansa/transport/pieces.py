@@ -230,7 +230,7 @@ class Incoming:
         self._whole = self._is_there()
         if not self._whole:
             try:
-                begun = spares is None or not manifest.pieces or not spares.take(self._part)
+                begun = spares is None or not manifest.pieces or not spares.take(self._part, manifest.num_bytes)
                 self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 if begun:
                     self._take(self._part, manifest)

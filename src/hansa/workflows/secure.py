@@ -396,12 +396,18 @@ def _read(path: Path) -> _Kept | None:
 
 
 def mapped(path: Path, dtype: np.dtype[Any], size: int) -> np.memmap[Any, Any]:
-    """Return ``size`` zeros in a new file, whose blocks are claimed: a disk found full later ends the process."""
+    """Return ``size`` zeros in a file, whose blocks are claimed: a disk found full later ends the process."""
+    spares, num_bytes = storage.Spares(path.parent / storage.SPARES), size * dtype.itemsize
     try:
-        path.unlink(missing_ok=True)  # what is mapped from an older one stays
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-        return np.memmap(path, dtype, "r+", shape=(size,))
+        spares.give(path)  # what is mapped from an older one stays
+        used = spares.take(path, num_bytes)
+        with path.open("r+b" if used else "wb") as file:
+            file.truncate(num_bytes)
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        found = np.memmap(path, dtype, "r+", shape=(size,))
     except OSError as error:
         path.unlink(missing_ok=True)
         raise storage.full(path, error) from error
+    if used:
+        found[:] = 0
+    return found
