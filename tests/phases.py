@@ -38,7 +38,8 @@ class Led:
     """
 
     def __init__(self, federation: Lab, id: str, phase: str, sites: Collection[str], gates: Collection[str]) -> None:
-        self._lab, self._id, self._sites, self._gates = federation, id, sites, {*gates}
+        self.id = id
+        self._lab, self._sites, self._gates = federation, sites, gates
         self._path = PHASES[: PHASES.index(phase) + 1]
         self._held: dict[str, BinaryIO] = {}
         folder = federation.folder(SERVER) / "jobs" / id
@@ -68,8 +69,12 @@ class Led:
 
     def rows(self, phase: str) -> Mapping[str, TaskRow]:
         """Return what the sites were last asked in a phase, by site."""
-        found = self._store.tasks(self._id, phase)  # type: ignore[arg-type]
+        found = self._store.tasks(self.id, phase)  # type: ignore[arg-type]
         return {row.site: row for row in found if (row.course, row.round) == (self._course, 1)}
+
+    def sessions(self, site: str) -> int:
+        """Return to how many sessions a site was asked, by its log; that of the round's evaluation is one of them."""
+        return self._lab.log(site).read_text().count(f"begun (advertise, round 1 of {self.id})")
 
     def lead(self) -> Mapping[str, TaskRow]:
         """Wait until the job is where its sites alone have not answered, held there; return what all were asked."""
@@ -81,7 +86,8 @@ class Led:
         return self._waited(self._path[-1])
 
     def _hold_for(self, phase: str) -> None:
-        self.hold(*(self._sites if phase == self._path[-1] else [min(self._gates - self._held.keys())]))
+        gate = next(site for site in self._gates if site not in self._held)
+        self.hold(*(self._sites if phase == self._path[-1] else [gate]))
 
     def _waited(self, phase: str) -> Mapping[str, TaskRow]:
         """Wait until all but those that are held have answered, and return the rows."""
@@ -91,7 +97,7 @@ class Led:
             if rows and waiting <= self._held.keys():
                 assert waiting == self._held.keys(), f"{phase}: all but {sorted(waiting)} have answered"
                 return rows
-            line = self._lab.federation.job(self._id).line
+            line = self._lab.federation.job(self.id).line
             assert line.state in ("queued", "running"), f"the job {line.state} before {phase}: {line.error}"
             threading.Event().wait(0.05)
 

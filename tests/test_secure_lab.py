@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
+import phases
 import toys
 from federations import Loopback, loopback
 from hansa.core.config import OutputSection
@@ -166,9 +168,9 @@ async def test_an_agent_that_dies_in_every_phase_goes_on(tmp_path, monkeypatch):
     assert view.records[0]["absent"] == []
 
 
-async def test_a_server_that_stops_in_every_phase_goes_on(tmp_path, monkeypatch):
-    """Before the survivors are fixed it begins another attempt, later the same one; the round's evaluation too."""
-    due, struck, exchange = [*PHASES, "vote"], threading.Event(), remote.RemoteLine.exchange
+async def test_a_server_that_stops_when_the_sum_is_known_goes_on(tmp_path, monkeypatch):
+    """When the sum is unmasked, and when that of the round's evaluation is to be; for the rest see SIGKILL below."""
+    due, struck, exchange = ["finish", "vote"], threading.Event(), remote.RemoteLine.exchange
 
     async def deadly(self, plan, phase, letters):
         answers = await exchange(self, plan, phase, letters)
@@ -233,25 +235,76 @@ async def test_a_server_that_has_lost_its_work_goes_on_with_other_keys(tmp_path,
     assert view.records[0]["accepted"] == list(SITES)
 
 
-def test_sigkill_of_server_and_site_while_others_have_sent(tmp_path):
-    """Real processes: what was masked for the first attempt is worth nothing in the second."""
-    trained = tmp_path / "trained.txt"
-    delays = {"s02": 0.5, "s03": 0.5}
-    asked = job(recipe={"delay_s": delays, "trained": str(trained)}, output={"dir": str(tmp_path / "runs")})
-    with lab(asked, settings={"lease_s": 5.0}) as federation:
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """A lab of five sites, whose server works on a job for each phase at a time; and the job."""
+    asked = job(recipe={"num_sites": 5}, evaluation={"every": 0}, directory=str(tmp_path_factory.mktemp("job")))
+    with lab(asked, settings={"lease_s": 5.0, "max_running_jobs": len(phases.PHASES)}) as federation:
+        yield federation, asked
+
+
+def led(stack, federation, asked, held) -> dict[str, phases.Led]:
+    """Submit a job for each phase and lead it there, first the one that trains: it takes no thread of the agents."""
+    gates = sorted(set(asked.cohort.sites or federation.sites) - set(held))
+    found = {}
+    for number, phase in enumerate(sorted(phases.PHASES, key=lambda phase: phase != "train")):
         id = federation.federation.submit(asked)
-        while not trained.exists() or "s00 1" not in trained.read_text():
-            assert federation.alive("server")
-            threading.Event().wait(0.05)
+        turn = [gates[number % len(gates)], gates[(number + 1) % len(gates)]]
+        found[phase] = stack.enter_context(closing(phases.Led(federation, id, phase, held, turn)))
+    for each in found.values():
+        each.lead()
+    return found
+
+
+def ended(federation, jobs) -> dict[str, tuple[dict, np.ndarray]]:
+    """Wait for all jobs; return what each one's round was and the model that it ended with."""
+    views = {phase: federation.federation.wait(each.id) for phase, each in jobs.items()}
+    assert {view.line.state for view in views.values()} == {"finished"}, [view.line.error for view in views.values()]
+    models = {phase: weights(federation.folder("server") / "jobs" / each.id) for phase, each in jobs.items()}
+    return {phase: (view.records[0], models[phase]) for phase, view in views.items()}
+
+
+@pytest.mark.timeout(300)
+def test_sigkill_of_two_of_five_sites_in_every_phase(five, tmp_path):
+    """Agents and workers, for good. Until they have sent they are left out of the sum; later the others unmask it."""
+    federation, asked = five
+    gone = ["s03", "s04"]
+    with ExitStack() as stack:
+        jobs = led(stack, federation, asked, gone)
+        phases.kill(federation, *gone)
+        found = ended(federation, jobs)
+    faults = {True: {}, False: {f"{site}:1": "raise" for site in gone}}
+    expected = {
+        late: run(job(recipe={"num_sites": 5, "faults": fault}, output={"dir": str(tmp_path / str(late))}))
+        for late, fault in faults.items()
+    }
+    for phase, (record, model) in found.items():
+        calm = expected[phase in ("vote", "reveal")]
+        assert record["accepted"] == calm.records[0]["accepted"], phase
+        assert {(absent["site"], absent["kind"]) for absent in record["absent"]} == {(site, "lost") for site in gone}, (
+            phase
+        )
+        assert np.array_equal(model, weights(calm.directory)), phase
+
+
+@pytest.mark.timeout(300)
+def test_sigkill_of_the_server_in_every_phase(five, tmp_path):
+    """Until the survivors are fixed it begins another attempt, with other keys; later it goes on with the same one."""
+    federation, asked = five
+    three = asked.model_copy(update={"cohort": asked.cohort.model_copy(update={"sites": ["s00", "s01", "s02"]})})
+    with ExitStack() as stack:
+        jobs = led(stack, federation, three, ["s02"])
         federation.kill("server")
-        federation.kill("s03")
+        for each in jobs.values():
+            each.release()
         federation.start("server")
-        view = federation.federation.wait(id)
-        assert view.line.state == "finished", view.line.error
-        found = weights(federation.folder("server") / "jobs" / id)
-    assert view.records[0]["accepted"] == ["s00", "s01", "s02"]
-    calm = run(job(recipe={"faults": {"s03:1": "raise"}}, output={"dir": str(tmp_path / "calm")}))
-    assert np.abs(found - weights(calm.directory)).max() < 1e-7
+        found = ended(federation, jobs)
+        sessions = {phase: each.sessions("s00") for phase, each in jobs.items()}
+    calm = run(job(recipe={"num_sites": 3}, output={"dir": str(tmp_path)}))
+    for phase, (record, model) in found.items():
+        assert record["accepted"] == ["s00", "s01", "s02"], phase
+        assert np.array_equal(model, weights(calm.directory)), phase
+        assert sessions[phase] == (2 if phase in ("vote", "reveal") else 3), f"{phase}: one more is the evaluation's"
 
 
 def _with_terms(letter: bytes, **changes) -> bytes:
