@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Homomorphic encryption: what it costs to encrypt, add and open a million numbers; README.md has the figures.
+"""Homomorphic encryption: what it costs to mask and encrypt, add, and open a million numbers; figures in README.md.
 
 python benchmarks/homomorphic.py [--sites 5] [--millions 1]
 
@@ -22,9 +22,9 @@ from hansa.core.config import HomomorphicEncryptionSection
 from hansa.homomorphic import agreement, protocol
 from hansa.homomorphic.protocol import Invitation, Part
 from hansa.homomorphic.server import Server
-from hansa.homomorphic.site import Kept, KeySite, sealed
-from hansa.secagg.agreement import bounds_of
+from hansa.homomorphic.site import Kept, KeySite, joined, sealed
 from hansa.secagg.local import local_signers
+from hansa.secagg.ranges import bounds_of
 from hansa.secagg.ring import decoded, summands
 
 spent: dict[str, float] = {}
@@ -52,7 +52,7 @@ def main() -> None:
     size, sites = int(arguments.millions * 1e6), [f"s{number:03d}" for number in range(arguments.sites)]
     section = HomomorphicEncryptionSection(range=1.0, weight_cap=1024.0, max_bytes=1 << 40)
     shapes = {"delta": {"w": (size,)}}
-    terms = agreement.terms(section, bounds_of(section), "job", 2, sites, shapes, {"delta": True})
+    terms = agreement.terms(section, bounds_of(section), "job", 2, 1, sites, shapes, {"delta": True})
     signers = local_signers(sites)
     values = np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
     key_site = KeySite(sites[0], signers[sites[0]], Kept(None, None, lambda key: None, lambda opened: None))
@@ -64,7 +64,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         total = np.memmap(Path(folder) / "sum", np.uint64, "w+", shape=(terms.num_words,))
         for site in sites:
-            ciphertexts = sealed(invitation, summands({"delta": {"w": values}}, 0.5, {agreement.COUNT: 1.0}), site)
+            accepted = joined(invitation, site, signers[site], None)
+            server.accept(site, protocol.pack(accepted.acceptance))
+            parts = summands({"delta": {"w": values}}, 0.5, {agreement.COUNT: 1.0})
+            ciphertexts = sealed(accepted, parts, lambda changed: None)
             place = 0
             while True:
                 with counted("encrypt"):
@@ -80,7 +83,8 @@ def main() -> None:
         whole = np.memmap(Path(folder) / "opened", np.int64, "w+", shape=(terms.encoding.size,))
         for places, letter in server.parts(total):
             with counted("open"):
-                whole[places] = key_site.open(protocol.unpack(letter, Part))
+                answer = protocol.pack(key_site.open(protocol.unpack(letter, Part)))
+            whole[places] = server.opened(places, answer)
             peak = max(peak, anonymous())
     found = np.asarray(decoded(terms.encoding, whole.view(np.uint64), len(sites))["delta"]["w"])
     error, bound = np.abs(found - len(sites) * values.astype(np.float64)).max(), terms.encoding.error("delta", "w")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Homomorphic encryption over the network: the simulation's model, whoever is stopped when, and whose key counts."""
+"""Homomorphic encryption over the network: the simulation's model, whoever is killed when, and whose keys count."""
 
 from __future__ import annotations
 
-import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import get_args
@@ -13,59 +13,40 @@ import numpy as np
 import pytest
 
 import toys
-from federations import Loopback, loopback
+from deadly import doomed
+from federations import loopback
 from hansa.core.ports import KeyPhase
-from hansa.core.storage import load_tree
 from hansa.homomorphic import ckks, protocol
+from hansa.lab import lab
 from hansa.pki.kit import Kit
 from hansa.server import remote
 from hansa.simulation.run import run
-from hansa.site import joined
-
-SITES = ("s00", "s01", "s02", "s03")
-METRICS = {"loss_sum": 1e6, "examples": 1e6}
-PHASES = get_args(KeyPhase)
+from hansa.transport.messages import ResumeJob
+from hidden import METRICS, SITES, attended, equals_a_simulation, meddling, weights
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def job(**values):
+def job(tmp_path: Path, **values):
     recipe = {"name": "toys:many", "num_sites": 4, **values.pop("recipe", {})}
     given = values.pop("homomorphic_encryption", {})
     section = {"metrics": METRICS, "key_site": "s01", "full_model": True, **given}
-    return toys.job(recipe=recipe, **{"rounds": 1, "homomorphic_encryption": section, **values})
-
-
-def weights(folder: Path) -> np.ndarray:
-    return load_tree(folder / "model" / "model.safetensors")["w"]
-
-
-async def equals_a_simulation(tmp_path: Path, federation: Loopback, view, **values) -> None:
-    """Integers are added, so all bits are the same."""
-    assert view.line.state == "finished", view.line.error
-    asked = job(output={"dir": str(tmp_path / "simulated")}, **values)
-    simulated = weights((await asyncio.to_thread(run, asked)).directory)
-    assert np.array_equal(weights(federation.made.server / "jobs" / view.line.job), simulated)
-
-
-async def attended(federation: Loopback, **rules) -> None:
-    for site in SITES:
-        federation.write(site, recipes=["toys:many"], **rules)
-    await asyncio.gather(*map(federation.start, SITES))
+    output = {"dir": str(tmp_path / "runs")}
+    return toys.job(recipe=recipe, output=output, **{"rounds": 1, "homomorphic_encryption": section, **values})
 
 
 async def test_the_model_is_that_of_a_simulation_and_one_site_had_the_key(tmp_path):
-    """Updates are files of several pieces, and the sum is opened in two parts."""
-    large = {"size": 140_000, "varied": True}
+    """Updates are files of several pieces, the sum is opened in two parts, and the key site was not drawn to train."""
+    drawn = {"cohort": {"sites": list(SITES), "sample": 3}, "seed": 1}
+    asked = job(tmp_path, recipe={"size": 140_000, "varied": True}, baselines={"base": True, "local": False}, **drawn)
     async with loopback(tmp_path, SITES) as federation:
         await attended(federation)
-        asked = job(recipe=large, baselines={"base": True, "local": False})
         async with federation.lead() as lead:
             id = await lead.submit(asked)
             view = await lead.wait(id)
-        await equals_a_simulation(tmp_path, federation, view, recipe=large)
+        await equals_a_simulation(federation, view, asked)
         for record in view.records:
-            assert record["accepted"] == list(SITES)
+            assert record["accepted"] == ["s00", "s02", "s03"]
             assert record["site_metrics"] == {}
             assert {"loss", "train_loss"} <= record["metrics"].keys()
         assert not list((federation.made.server / "jobs" / id / "work").rglob("secure.*"))
@@ -76,87 +57,128 @@ async def test_the_model_is_that_of_a_simulation_and_one_site_had_the_key(tmp_pa
         assert keys == {"s01.key"}
 
 
-async def test_a_server_that_stops_in_every_phase_goes_on(tmp_path, monkeypatch):
-    """Whoever has answered does not train again: the session and its key are the same."""
-    due, struck, exchange = list(PHASES), threading.Event(), remote.RemoteLine.exchange
-
-    async def deadly(self, plan, phase, letters):
-        answers = await exchange(self, plan, phase, letters)
-        if due and phase == due[0] and plan.task == "train":
-            del due[0]
-            struck.set()
-            await asyncio.Event().wait()
-        return answers
-
-    monkeypatch.setattr(remote.RemoteLine, "exchange", deadly)
+@pytest.mark.timeout(400)
+def test_sigkill_of_key_site_and_server_in_every_phase(tmp_path, monkeypatch):
+    """Whoever has answered does not train again: the session and its keys are the same."""
+    phases = [*get_args(KeyPhase), "train"]
+    deaths = doomed(monkeypatch, tmp_path / "deaths", "s01", phases)
     trained = tmp_path / "trained.txt"
-    federation = Loopback(tmp_path, SITES)
-    try:
-        async with federation.serving():
-            await attended(federation)
-            async with federation.lead() as lead:
-                id = await lead.submit(job(recipe={"trained": str(trained)}))
-            await asyncio.to_thread(struck.wait, 60)
-        while due:
-            struck.clear()
-            async with federation.serving():
-                await asyncio.to_thread(struck.wait, 60)
-        async with federation.serving(), federation.lead() as lead:
-            view = await lead.wait(id)
-    finally:
-        for site in list(federation.agents):
-            await federation.stop(site)
-    assert sorted(trained.read_text().split("\n")[:-1]) == [f"{site} 1" for site in SITES]
-    await equals_a_simulation(tmp_path, federation, view)
+    asked = job(tmp_path, recipe={"trained": str(trained), "num_sites": 3})
+    with lab(asked) as federation:
+        id = federation.federation.submit(asked)
+        for _ in phases:
+            while federation.alive("s01"):
+                threading.Event().wait(0.01)
+            for name in ("s01", "server"):  # which has asked the key site, and waits
+                federation.kill(name)
+            for name in ("server", "s01"):
+                federation.start(name, wait=False)
+            federation.wait("server")
+        assert not any(deaths.iterdir())
+        view = federation.federation.wait(id)
+        assert view.line.state == "finished", view.line.error
+        found = weights(federation.folder("server") / "jobs" / id)
+    again = trained.read_text().split("\n")[:-1]
+    again.remove("s01 1")  # killed when it had trained, before its update was durable
+    assert sorted(again) == [f"{site} 1" for site in SITES[:3]]
+    assert view.records[0]["accepted"] == list(SITES[:3])
+    assert np.array_equal(found, weights(run(job(tmp_path, recipe={"num_sites": 3})).directory))
 
 
-async def test_a_key_site_that_dies_in_every_phase_goes_on(tmp_path, monkeypatch):
-    """Each time before its answer is on the disk, after its state is."""
-    due, struck, exchange = list(PHASES), asyncio.Event(), joined.JoinedJob._exchange
+async def test_a_key_site_that_loses_its_folder_is_named_and_the_resumed_job_has_other_keys(tmp_path, monkeypatch):
+    asked = job(tmp_path)
+    async with loopback(tmp_path, SITES) as federation:
 
-    async def deadly(self, connection, job, given):
-        answer = await exchange(self, connection, job, given)
-        if self._site == "s01" and due and given.kind == due[0]:
-            del due[0]
-            struck.set()
-            await asyncio.Event().wait()
-        return answer
+        def losing(phase, letters):
+            if phase == "open" and not lost:
+                (folder,) = federation.site("s01").rglob("*.secagg")
+                shutil.rmtree(folder)
+                lost.append(folder)
+            return letters
 
-    monkeypatch.setattr(joined.JoinedJob, "_exchange", deadly)
-    async with loopback(tmp_path, SITES) as federation, federation.lead() as lead:
+        lost: list[Path] = []
+        meddling(monkeypatch, losing)
         await attended(federation)
-        id = await lead.submit(job())
-        for _ in PHASES:
-            await struck.wait()
-            struck.clear()
-            await federation.stop("s01")
-            await federation.start("s01")
-        view = await lead.wait(id)
-        await equals_a_simulation(tmp_path, federation, view)
+        async with federation.lead() as lead:
+            id = await lead.submit(asked)
+            view = await lead.wait(id)
+            assert view.line.state == "failed"
+            assert "s01 has lost the keys of this round's sum" in view.line.error
+            await lead.connection.call(ResumeJob(id))
+            view = await lead.wait(id)
+        await equals_a_simulation(federation, view, asked)
     assert view.records[0]["accepted"] == list(SITES)
+
+
+async def test_a_server_that_has_one_update_opened_is_told_nothing(tmp_path, monkeypatch):
+    """Nor can it try again."""
+    async with loopback(tmp_path, SITES) as federation:
+        vectors: list[np.ndarray] = []
+        add = remote.RemoteCohort.ask
+
+        async def noting(self, plan, sites):
+            async for reply in add(self, plan, sites):
+                vectors.append(np.concatenate([chunk.values for chunk in reply.chunks()]))
+                yield reply
+
+        def lying(phase, letters):
+            if phase != "open":
+                return letters
+            part = protocol.unpack(letters["s01"], protocol.Part)
+            return {"s01": protocol.pack(msgspec.structs.replace(part, words=vectors[0].tobytes()))}
+
+        monkeypatch.setattr(remote.RemoteCohort, "ask", noting)
+        meddling(monkeypatch, lying)
+        await attended(federation)
+        async with federation.lead() as lead:
+            id = await lead.submit(job(tmp_path))
+            view = await lead.wait(id)
+            assert "what is to be opened is no sum of the 4 sites named" in view.line.error
+            monkeypatch.undo()
+            await lead.connection.call(ResumeJob(id))
+            view = await lead.wait(id)
+    assert "something else was asked for as this part of the sum" in view.line.error
 
 
 async def test_a_key_that_the_server_made_up_is_refused(tmp_path, monkeypatch):
     """It signs as another site; every site that is to encrypt with it refuses."""
-    exchange = remote.RemoteLine.exchange
     async with loopback(tmp_path, SITES) as federation:
         kit = Kit(federation.site("s02"))
 
-        async def forging(self, plan, phase, letters):
-            if phase == "accept":
-                _, public = ckks.new_keys()
-                offer = protocol.Offer(protocol.unpack(letters["s00"], protocol.Invitation).terms.digest(), public, b"")
-                offer = msgspec.structs.replace(offer, credential=kit.certificate_pem())
-                offer = msgspec.structs.replace(offer, signature=kit.sign(offer.content()))
-                terms = protocol.unpack(letters["s00"], protocol.Invitation).terms
-                letters = dict.fromkeys(letters, protocol.pack(protocol.Invitation(terms, offer)))
-            return await exchange(self, plan, phase, letters)
+        def forging(phase, letters):
+            if phase != "accept":
+                return letters
+            terms = protocol.unpack(letters["s00"], protocol.Invitation).terms
+            offer = protocol.Offer(terms.digest(), ckks.new_keys()[1], bytes(32), kit.certificate_pem())
+            offer = msgspec.structs.replace(offer, signature=kit.sign(offer.content()))
+            return dict.fromkeys(letters, protocol.pack(protocol.Invitation(terms, offer)))
 
-        monkeypatch.setattr(remote.RemoteLine, "exchange", forging)
+        meddling(monkeypatch, forging)
         await attended(federation)
-        view = await federation.run(job())
+        view = await federation.run(job(tmp_path))
     assert view.line.state == "failed"
     assert view.line.error.count("refused: The public key was not signed by 's01'") == 4, view.line.error
+
+
+async def test_a_mask_that_the_server_made_up_is_refused(tmp_path, monkeypatch):
+    """It has two sites' masks be its own, so that what is left of the sum's would be one site's only."""
+    async with loopback(tmp_path, SITES) as federation:
+        kit = Kit(federation.site("s02"))
+
+        def forging(phase, letters):
+            if phase != "open":
+                return letters
+            part = protocol.unpack(letters["s01"], protocol.Part)
+            own = msgspec.structs.replace(part.survivors[3], mask=part.survivors[2].mask)
+            own = msgspec.structs.replace(own, credential=kit.certificate_pem(), signature=kit.sign(own.content()))
+            survivors = (*part.survivors[:3], own)
+            return {"s01": protocol.pack(msgspec.structs.replace(part, survivors=survivors))}
+
+        meddling(monkeypatch, forging)
+        await attended(federation)
+        view = await federation.run(job(tmp_path))
+    assert view.line.state == "failed"
+    assert "The mask's key was not signed by the site that it is said to be of" in view.line.error
 
 
 @pytest.mark.parametrize(
@@ -164,17 +186,15 @@ async def test_a_key_that_the_server_made_up_is_refused(tmp_path, monkeypatch):
     [({"key_site": "s02"}, "another owner of the key"), ({"sites": SITES[:3]}, "has it ask s00, s01, s02, s03")],
 )
 async def test_a_server_that_proposes_other_terms_is_refused(tmp_path, monkeypatch, changes, reason):
-    exchange = remote.RemoteLine.exchange
+    def proposing(phase, letters):
+        if phase != "offer":
+            return letters
+        terms = msgspec.structs.replace(protocol.unpack(letters["s01"], protocol.Terms), **changes)
+        return dict.fromkeys(letters, protocol.pack(terms))
 
-    async def proposing(self, plan, phase, letters):
-        if phase == "offer":
-            terms = msgspec.structs.replace(protocol.unpack(letters["s01"], protocol.Terms), **changes)
-            letters = dict.fromkeys(letters, protocol.pack(terms))
-        return await exchange(self, plan, phase, letters)
-
-    monkeypatch.setattr(remote.RemoteLine, "exchange", proposing)
+    meddling(monkeypatch, proposing)
     async with loopback(tmp_path, SITES) as federation:
         await attended(federation)
-        view = await federation.run(job(cohort={"sites": list(SITES)}))
+        view = await federation.run(job(tmp_path, cohort={"sites": list(SITES)}))
     assert view.line.state == "failed"
     assert reason in view.line.error

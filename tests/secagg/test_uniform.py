@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the server sees of one site can't be told from uniform noise, by tests that do tell what was masked badly.
 
-Chi-square over the 256 values of each byte (its normal approximation), and Kolmogorov and Smirnov's distance of whole
-elements from the uniform distribution. Masks differ each time; the bounds are crossed once in 10^9 tests.
+Masks differ each time; the bounds (``uniform``) are crossed once in 10^9 tests.
 """
 
 from __future__ import annotations
@@ -18,21 +17,9 @@ from hansa.secagg.keys import Keystream
 from hansa.secagg.local import local_signers
 from hansa.secagg.ring import Encoding, Vector
 from sums import Disk, Federation, masked, small_ring, terms_for
+from uniform import looks_uniform
 
 SIZE = 60_000
-
-
-def looks_uniform(values: Array) -> bool:
-    """Say whether elements of the ring pass as uniform: every byte, and as numbers."""
-    for place in values.view(np.uint8).reshape(-1, values.itemsize).T:
-        expected = place.size / 256
-        chi = ((np.bincount(place, minlength=256) - expected) ** 2 / expected).sum()
-        if abs(chi - 255) > 7 * math.sqrt(2 * 255):
-            return False
-    ordered = np.sort(values.astype(np.float64)) / 2.0 ** (8 * values.itemsize)
-    steps = np.arange(1, ordered.size + 1) / ordered.size
-    distance = max(np.max(steps - ordered), np.max(ordered - steps + 1 / ordered.size))
-    return bool(distance * math.sqrt(ordered.size) < 3.3)  # Kolmogorov: P[> 3.3] is 7e-10
 
 
 def values(seed: int) -> dict[str, dict[str, Array]]:

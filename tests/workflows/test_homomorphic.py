@@ -130,6 +130,47 @@ def test_a_silent_key_site_is_named_and_the_round_goes_on_when_it_is_back(tmp_pa
     assert sorted(trained.read_text().split("\n")[:-1]) == [f"s{n:02d} 1" for n in range(5)]
 
 
+def test_a_key_site_that_loses_its_folder_is_named_and_the_resumed_run_has_other_keys(tmp_path, monkeypatch):
+    """What the others have sent can be read by nobody any more: they are asked again."""
+    trained = tmp_path / "trained.txt"
+    runs = tmp_path / "hidden"
+    due = ["train", "evaluate"]
+
+    def lose(phase, answers):
+        (folder,) = runs.glob("*/work/secagg/toy")
+        if due and phase == "accept" and (folder / "s02.opened").exists() == (due[0] == "evaluate"):
+            del due[0]
+            (folder / "s02.key").unlink()
+        return answers
+
+    exchanging(monkeypatch, lose)
+    values = {"rounds": 1, "homomorphic_encryption": {"key_site": "s02"}}
+    asked = job(runs, recipe={"trained": str(trained)}, **values)
+    with pytest.raises(QuorumError, match=r"s02 has lost the keys of this round's sum.*Resume"):
+        run(asked)
+    with pytest.raises(QuorumError, match=r"s02 has lost the keys of this round's sum.*Resume"):
+        run(asked, resume=True)
+    done = run(asked, resume=True)
+    assert not due
+    assert sorted(trained.read_text().split("\n")[:-1]) == sorted([f"s{n:02d} 1" for n in range(5)] * 2)
+    assert np.array_equal(final(done), final(run(job(tmp_path / "calm", **values))))
+
+
+@pytest.mark.parametrize("engine", ["local", "processes"])
+def test_a_key_site_that_is_not_drawn_opens_the_sum_all_the_same(tmp_path, engine):
+    """It takes part in every sum's protocol, and trains only when it is drawn."""
+    trained = tmp_path / "trained.txt"
+    values = {"rounds": 3, "cohort": {"sample": 3, "quorum": 3}, "engine": {"name": engine}}
+    section = {"metrics": {}, "key_site": "s02"}
+    done = run(job(tmp_path / "hidden", homomorphic_encryption=section, recipe={"trained": str(trained)}, **values))
+    plain = run(job(tmp_path / "plain", encrypted=False, **values))
+    drawn = [record["accepted"] for record in done.records]
+    assert {"s02" in sites for sites in drawn} == {True, False}
+    assert drawn == [record["accepted"] for record in plain.records]
+    assert trained.read_text().count("s02 ") == sum("s02" in sites for sites in drawn)
+    assert np.abs(final(done) - final(plain)).max() < 1e-5
+
+
 def test_too_few_left_means_that_nothing_is_opened(tmp_path, monkeypatch):
     asked = []
     exchanging(monkeypatch, lambda phase, answers: asked.append(phase) or answers)
@@ -143,8 +184,8 @@ def test_too_few_left_means_that_nothing_is_opened(tmp_path, monkeypatch):
 def test_ciphertexts_that_are_none_are_rejected_by_name(tmp_path, monkeypatch, change):
     masked = homomorphic.Sessions.masked
 
-    def broken(self, course, update, task, section, private):
-        sent = masked(self, course, update, task, section, private)
+    def broken(self, course, update, task):
+        sent = masked(self, course, update, task)
         if update.site != "s03" or task != "train":
             return sent
         words = np.array(sent.parts[server.SEALED][server.CIPHERTEXTS])

@@ -131,8 +131,8 @@ def test_too_few_left_means_no_sum(tmp_path, monkeypatch, phase):
 def test_a_masked_vector_that_is_none_is_rejected(tmp_path, monkeypatch):
     masked = secure.Sessions.masked
 
-    def broken(self, course, update, task, section, private):
-        sent = masked(self, course, update, task, section, private)
+    def broken(self, course, update, task):
+        sent = masked(self, course, update, task)
         if update.site != "s03" or task != "train":
             return sent
         vector = np.asarray(sent.parts[secure.MASKED][secure.VECTOR])[:-1]
@@ -289,13 +289,14 @@ def test_a_process_that_is_late_does_not_write_over_a_newer_session(tmp_path):
     section = job(tmp_path).secure_aggregation
     bounds = server.bounds_of(section, None, 3)
     sites = ("s00", "s01", "s02")
+    course = runner.Course("toy", sites, job(tmp_path).strategy, secure=section)
     sessions = secure.Sessions(tmp_path, lambda site: secure.simulated(tmp_path, site))
 
     def letter(attempt: int) -> bytes:
         return protocol.pack(agreement.terms(section, bounds, "toy", 2, attempt, sites, {}, {}))
 
     def advertise(attempt: int) -> bytes:
-        return sessions.exchange("toy", section, None, {}, "s00", "advertise", letter(attempt))
+        return sessions.exchange(course, "s00", "advertise", letter(attempt))
 
     first = advertise(1)
     assert advertise(1) == first
@@ -304,8 +305,8 @@ def test_a_process_that_is_late_does_not_write_over_a_newer_session(tmp_path):
     with pytest.raises(PrivacyError, match="meanwhile"):
         late.finish()
     assert advertise(2) == second
-    sessions.exchange("toy", section, None, {}, "s00", "finish", letter(1))  # of the one before: over already
+    sessions.exchange(course, "s00", "finish", letter(1))  # of the one before: over already
     assert advertise(2) == second
-    sessions.exchange("toy", section, None, {}, "s00", "finish", letter(2))
+    sessions.exchange(course, "s00", "finish", letter(2))
     with pytest.raises(PrivacyError, match="over"):
-        sessions.exchange("toy", section, None, {}, "s00", "share", letter(2))
+        sessions.exchange(course, "s00", "share", letter(2))

@@ -190,7 +190,7 @@ def _encrypted(
     sites = course.sites[: max(asked, section.minimum)]
     terms_of = registry.load_object("hansa.homomorphic.agreement:terms")
     bounds = bounds_of(section, course.terms, len(sites))
-    encoding = terms_of(section, bounds, course.name, 2, sites, shapes, strategy.weighed).encoding
+    encoding = terms_of(section, bounds, course.name, 2, 1, sites, shapes, strategy.weighed).encoding
     cost = registry.load_object("hansa.homomorphic.agreement:cost")(encoding.size)
     error = max(encoding.error(part, name) for part, tree in shapes.items() for name in tree)
     return cost.num_bytes, cost.seconds, error

@@ -350,7 +350,7 @@ class _UpdateMeta(msgspec.Struct, forbid_unknown_fields=True):
     logged: Annotated[dict[_Name, _Points], msgspec.Meta(max_length=MAX_NAMES)] = {}
 
 
-class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True):
     job: str
     round: _Number
     task: Task
@@ -360,7 +360,6 @@ class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     outbox: str | None
     deadline_s: float | None
     acknowledged: dict[str, int]
-    sealed: str | None = None
 
 
 _PARAMS = "params"
@@ -402,7 +401,6 @@ def write_plan(file: BinaryIO, plan: Plan) -> int:
         plan.outbox,
         plan.deadline_s,
         dict(plan.acknowledged),
-        plan.sealed,
     )
     return write(file, "plan", msgspec.to_builtins(meta), {**plan.parts, _PARAMS: plan.params})
 
@@ -433,7 +431,6 @@ def _plan(meta: _PlanMeta, parts: Mapping[str, Tree]) -> Plan:
         meta.seed,
         meta.inbox,
         meta.outbox,
-        meta.sealed,
         meta.deadline_s,
         meta.acknowledged,
     )

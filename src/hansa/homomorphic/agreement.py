@@ -68,6 +68,7 @@ def terms(
     bounds: Bounds,
     job: str,
     number: int,
+    attempt: int,
     sites: Sequence[str],
     shapes: Shapes,
     weighed: Mapping[str, bool],
@@ -82,7 +83,7 @@ def terms(
     fields[SCALARS][COUNT] = Range(0.0, 1.0, 1.0)
     chosen = encoding(fields, len(sites), widths=(ckks.BITS,))
     check_cost(section, chosen.size)
-    return Terms(job, number, tuple(sorted(sites)), section.key_site or min(sites), chosen, section.minimum)
+    return Terms(job, number, attempt, tuple(sorted(sites)), section.key_site or min(sites), chosen, section.minimum)
 
 
 def check(
@@ -94,7 +95,7 @@ def check(
         PrivacyError: they are not.
     """
     shapes = shapes_in(proposed.encoding)
-    if terms(section, bounds, job, proposed.round, proposed.sites, shapes, weighed) != proposed:
+    if terms(section, bounds, job, proposed.round, proposed.attempt, proposed.sites, shapes, weighed) != proposed:
         raise PrivacyError(
             "The server proposes other terms of homomorphic encryption than the job's: another owner of the key, other "
             "ranges, or fewer sites. Nothing is sent.",

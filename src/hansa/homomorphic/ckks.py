@@ -9,17 +9,24 @@ has more than 192. Keys, encoding, encryption and decryption are SEAL's. What tr
 SEAL's own order (two polynomials in NTT form), as what stands before it is the same for all: so nothing that came from
 elsewhere reaches a parser, and whoever only adds needs NumPy.
 
-**CKKS is used as an exact scheme.** What is encrypted is an integer times 2^20, and the error of a sum over n sites is
-normal with deviation sqrt(n) · (8192 / 6) / 2^20 in each slot: encryption leaves errors of variance about 8192 / 18
-in a coefficient, and a slot's real part is a sum of 4096 of them. For 256 sites that is 0.0209, and a quarter is 12
-deviations (2^-108 a slot). So the nearest integer is the sum, and the error, which would tell of the secret key (Li and
-Micciancio 2021, eprint 2020/1533), leaves the key's owner neither as digits nor by what rounds up or down.
+**CKKS is used as an exact scheme.** What is encrypted is an integer times 2^20, and the error of a sum over n sites has
+the deviation d = sqrt(n) · (8192 / 6) / 2^20 in a slot. SEAL scales a ciphertext down by the second prime, and the
+rounding of that, times the secret s, is nearly all of it: a variance of 8192 / 18 in a coefficient, and a slot's real
+part is a sum of 4096 of them. So how much a slot has goes with the size of s there, whose square is exponential over
+keys: an error beyond t · d has a probability of exp(-sqrt(2) · t), far above a normal one's. For 64 sites d is 0.0104;
+a quarter is 24 of those, which 2^-48 of all slots exceed and are refused for, and another integer is 72 away (2^-146).
+So the nearest integer is the sum, and the error, which would tell of the secret key (Li and Micciancio 2021, eprint
+2020/1533), leaves the key's owner neither as digits nor by what rounds up or down.
+
+**Integers are masked**, so uniform in [-2^39, 2^39) and independent (:mod:`.protocol`), and a coefficient is at most a
+mean of 4096 slots. That of a sum over 64 sites has a deviation of at most 2^20 · 2^40 · sqrt(64 / 12) / 64, and q / 2,
+beyond which it would wrap, is 13 of those away (2^-130), though one slot of the sum may have 46 bits.
 
 | case | result |
 |---|---|
 | a word that is no residue of q; a public key of another length | WireError |
 | what decrypts to no integers, so is no sum of such ciphertexts | WireError; nothing of it is shown |
-| the sum of more than 256 ciphertexts, or beyond 2^39 | not for this module to see: :mod:`.agreement` bounds both |
+| the sum of more than 64 ciphertexts, or of integers that are larger or not masked | not for this module to see |
 | the same integers encrypted twice | different residues |
 | TenSEAL or zstandard not installed | MissingExtraError |
 """
@@ -46,9 +53,9 @@ PRIMES = (1152921504606748673, 1152921504606830593)
 """q, and the prime that only keys have beside it."""
 PUBLIC_BYTES = 2 * len(PRIMES) * DEGREE * 8
 BITS: Final = 40
-"""What sums fit into, as integers with a sign: 2^39 · 2^20 is just below q / 2."""
-MOST_SITES = 256
-"""For so many the error stays 12 deviations below a quarter."""
+"""What sums fit into, as integers with a sign; what is encrypted is taken modulo 2^40, as masks are."""
+MOST_SITES = 64
+"""For so many the error stays 24 deviations below a quarter, and coefficients 13 below q / 2."""
 
 _SCALE = 2.0**20
 _TOLERANCE = 0.25
@@ -68,6 +75,16 @@ def num_ciphertexts(size: int) -> int:
     (1, 1, 2)
     """
     return -(-size // SLOTS)
+
+
+def reduced(values: Array) -> Array:
+    """Return the integers (int64) in [-2^39, 2^39) that equal ``values`` (uint64 or int64) modulo 2^40.
+
+    >>> reduced(np.array([1, 2**39, 2**40 + 5]))
+    array([            1, -549755813888,             5])
+    """
+    shift = 64 - BITS
+    return (values.view(np.int64) << shift) >> shift
 
 
 def new_keys() -> tuple[bytes, bytes]:

@@ -39,9 +39,6 @@ from hansa.workers.runner import Course
 from hansa.workflows.evaluate import Scores
 from hansa.workflows.scatter_gather import wanted
 
-INITIAL = "initial.safetensors"
-"""The parameters that a run's training starts from."""
-
 
 class Sink(Protocol):
     """An observer of rounds."""
@@ -163,7 +160,7 @@ class _Carrier:
         return plan
 
     async def _initial(self) -> Tree:
-        path = self._directory / INITIAL
+        path = self._directory / "initial.safetensors"
         if not path.exists():
             temporary = path.with_suffix(".tmp")
             storage.save_tree(temporary, await self._engine.initial())

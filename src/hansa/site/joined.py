@@ -4,7 +4,6 @@
     jobs/ID/bundle.zip  bundle.manifest  files/    what the submitter signed
     jobs/ID/plans/                 the last plan received; its unchanged pieces are not fetched again
     jobs/ID/outbox/                answers on their way
-    jobs/ID/mail/                  of messages between sites: this one's key, and what comes (`hansa.site.mail`)
     jobs/ID/spare/                 large files that are needed no more, for the next ones to be written over
     jobs/ID/work/                  what the site remembers from round to round, errors, ``sites.log``
     jobs/ID/attach                 where a process that the site's owner starts finds the job (recipe.attached)
@@ -23,7 +22,6 @@
 | another plan for a round that was answered; the signed job under another id | ``refused`` (`hansa.site.history`) |
 | the data's privacy budget does not allow the round | ``refused``, before it is trained (`hansa.site.budget`) |
 | a message of secure aggregation that the protocol refuses, or a job without it | ``refused``, with the reason |
-| a message of another site that is not what it should be (`hansa.site.mail`) | ``refused``, with the reason |
 | no task comes for ``IDLE_S`` | the worker ends; the next task starts another |
 | another job brought the same files | they are taken from its bundle instead of fetched |
 | a power cut spoils a plan, which is not synced, or its disk does | checked by its digest, and fetched again |
@@ -46,10 +44,9 @@ from typing import get_args
 from hansa import bundle as bundles
 from hansa.core import storage, wire
 from hansa.core.config import Algorithm, Job
-from hansa.core.ports import KeyPhase, MaskPhase
+from hansa.core.ports import KeyPhase, MaskPhase, Phase
 from hansa.core.values import Plan, Task, Update
 from hansa.errors import (
-    AccessError,
     ChecksumError,
     HansaError,
     PolicyError,
@@ -61,20 +58,17 @@ from hansa.homomorphic import protocol
 from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
-from hansa.runs.pieces import relays
 from hansa.secagg.agreement import number_of
 from hansa.secagg.protocol import Terms, unpack
 from hansa.site import budget, policy
 from hansa.site.history import History
-from hansa.site.mail import Mail
 from hansa.site.outbox import Entry, Outbox, Outcome
 from hansa.site.settings import SiteSettings
 from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
 from hansa.transport.client import Connection
-from hansa.transport.messages import MAIL, PHASES, Assignment, Inspected, Missing, Posting
+from hansa.transport.messages import PHASES, Assignment, Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
-from hansa.transport.protocol import decode
 from hansa.workers import homomorphic, messages, secure
 from hansa.workers.messages import Absent, Answered, DefectError, Inspect, Perform, Work
 from hansa.workers.runner import Course, terms_from, trace_name, trace_note
@@ -164,8 +158,6 @@ class JoinedJob:
             out = await whole(partial(self.outbox.begin, given.task))
             if given.kind in PHASES:
                 return await self._exchange(connection, job, given)
-            if given.kind in MAIL:
-                return await self._correspond(connection, job, given, out)
             plan = None if given.kind == "inspect" else await self._receive(connection, given, job)
             told("waiting")
             async with self._turn:
@@ -199,8 +191,6 @@ class JoinedJob:
             return self.outbox.finish(given.task, outcome)
         assert self._history is not None, "the job was joined"
         assert self._job is not None, "likewise"
-        if given.kind in MAIL:
-            return self.outbox.finish(given.task, outcome)
         if given.kind == "train" and budget.draws_noise(self._job):
             self.outbox.keep(given.task)  # before the note, which after a kill says that it is whole
         return self.outbox.finish(given.task, outcome, [self._history.note(given)])
@@ -261,7 +251,6 @@ class JoinedJob:
         """Return an admitted bundle's job as this site runs it, its files in place."""
         bundle = self._admitted(path)
         self._history = History(self._histories, bundle, self.id)
-        self._mail = Mail(self._directory, self._site, self._kit, self._history.digest, bundle.job)
         data = policy.trained_on(bundle.job)
         allowed = self._settings.privacy.budgets.get(data or "")
         if data is not None and allowed is not None:
@@ -308,38 +297,15 @@ class JoinedJob:
             task = policy.check_session(protocol.unpack(letter, protocol.Invitation).terms, job, given)
         try:
             form = course_form(job, given.course, task, self._site)
-            course = Course(given.course, (), Algorithm.model_validate(form.strategy), (), terms_from(form.terms))
-            answering = partial(
-                self._sessions(job).exchange,
-                given.course,
-                section,  # type: ignore[arg-type]  # both are of the job
-                course.terms,
-                course.pieces()[0].weighed,
-                self._site,
-                given.kind,  # type: ignore[arg-type]
-                letter,
-            )
+            algorithm = Algorithm.model_validate(form.strategy)
+            course = Course(given.course, (), algorithm, (), terms_from(form.terms), section)
+            kind: Phase = given.kind  # type: ignore[assignment]  # one of this job's
+            answering = partial(self._sessions(job).exchange, course, self._site, kind, letter)
             async with self._exchanging:
                 return Outcome(letter=await whole(answering))
         except StorageError:
             raise  # tried again: the disk may have room then
         except HansaError as error:
-            raise PolicyError(error.message) from error
-
-    async def _correspond(self, connection: Connection, job: Job, given: Assignment, out: Path) -> Outcome:
-        """Tell where messages to this site go, or make its own one for a peer: as the agent, which has an identity."""
-        assert self._history is not None, "the job was joined"
-        if not relays(job) or given.course != job.name or given.round not in policy.rounds(job, given.course):
-            raise PolicyError("The server begins a message between sites that the signed job does not have.")
-        try:
-            if given.kind == "address":
-                return Outcome(letter=await whole(partial(self._mail.address, given.course, given.round)))
-            if given.round not in self._history.trained(given.course):
-                raise PolicyError(f"This site has not trained round {given.round} of {given.course!r}.")
-            posting = decode(Posting, await whole((await self._received(connection, given)).read_bytes))
-            await whole(partial(self._mail.post, given.course, given.round, posting, out))
-            return Outcome()
-        except AccessError as error:
             raise PolicyError(error.message) from error
 
     async def _receive(self, connection: Connection, given: Assignment, job: Job) -> tuple[Path, Plan]:
@@ -355,10 +321,7 @@ class JoinedJob:
         except WireError as error:
             await self._check_disk(path, given)
             raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
-        policy.check_plan(plan, job, given, self._site)
-        if plan.sealed is not None:
-            coming = await whole(partial(self._mail.coming, plan))
-            await self._fetch(connection, plan.sealed, coming, [], durable=False)
+        policy.check_plan(plan, job, given)
         return path, plan
 
     async def _received(self, connection: Connection, given: Assignment) -> Path:
@@ -442,11 +405,6 @@ class JoinedJob:
         self._history.check(given, once=once)
         form = course_form(job, given.course, given.kind, self._site)
         await whole(partial(self._make_room, job, given, path, out))
-        if plan.outbox is not None:
-            try:
-                await whole(partial(self._mail.open, plan))
-            except AccessError as error:
-                raise PolicyError(error.message) from error
         if given.kind == "train" and job.privacy is not None:
             budget.check_turn(job, self._history.trained(given.course), given.round)
             await self._charge(job, given)
@@ -487,8 +445,6 @@ class JoinedJob:
         if given.kind == "train" and self._examples is not None and job.secret_sums is None:
             weight = (await whole(partial(wire.Spooled, out))).header.weight
             budget.check_examples(job, weight, self._examples)
-        if plan.outbox is not None:
-            await whole(partial(self._mail.made, plan))
         if given.kind == "train" and self._account is not None:
             if self._honest(job, given) != self._charged:
                 raise PolicyError("Another session of secure aggregation has begun. The update was not sent.")
@@ -623,7 +579,7 @@ def _is_whole(path: Path, given: Assignment) -> bool:
 def _check_announced(path: Path, given: Assignment) -> None:
     """Raise PolicyError, and leave no file, unless an inline file is that of its digest, which a site knows it by."""
     try:
-        if describe(path, None if given.kind in PHASES | MAIL else wire.cuts(path)).digest == given.plan:
+        if describe(path, None if given.kind in PHASES else wire.cuts(path)).digest == given.plan:
             return
     except WireError:  # no plan at all
         pass

@@ -24,7 +24,7 @@ from hansa.core.config import (
 )
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
-from hansa.core.ports import SERVER, Phase, Program
+from hansa.core.ports import SERVER, Phase, Program, topic
 from hansa.core.strategy import Strategy
 from hansa.core.values import Absence, Plan, Task, Update
 from hansa.errors import HansaError
@@ -111,15 +111,11 @@ class SecureSites:
 
     def exchange(self, course: Course, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Answer messages, site by site; what goes wrong at one is its absence."""
-        assert course.secure is not None, "the course keeps its updates from the server"
-        strategy, _ = course.pieces()
         sessions = self._sessions(course)
         answers: dict[str, bytes | Absence] = {}
         for site, letter in letters.items():
             try:
-                answers[site] = sessions.exchange(
-                    course.name, course.secure, course.terms, strategy.weighed, site, phase, letter
-                )
+                answers[site] = sessions.exchange(course, site, phase, letter)
             except HansaError as error:
                 answers[site] = Absence(site, "refused", error.message)
         return answers
@@ -130,8 +126,7 @@ class SecureSites:
         Raises:
             HansaError: it can't be masked; nothing of it is to be sent.
         """
-        assert course.secure is not None, "the course keeps its updates from the server"
-        masked: Update = self._sessions(course).masked(course.name, update, task, course.secure, course.terms)
+        masked: Update = self._sessions(course).masked(course, update, task)
         return masked
 
     @property
@@ -145,6 +140,7 @@ class SecureSites:
         return registry.load_object("hansa.workers.secure:Stored")()
 
     def _sessions(self, course: Course) -> Any:
+        assert course.secure is not None, "the course keeps its updates from the server"
         encrypted = isinstance(course.secure, HomomorphicEncryptionSection)
         module = "homomorphic" if encrypted else "secure"
         return registry.load_object(f"hansa.workers.{module}:Sessions")(self._directory, self._identity)
@@ -225,14 +221,14 @@ class SiteRunner:
     def _run(self, course: Course, plan: Plan, site: str) -> Update:
         strategy, filters = self._pieces_of(course)
         if plan.inbox is not None:
-            plan = replace(plan, params=self._mail.take(site, plan.inbox, plan.round)["params"])
+            plan = replace(plan, params=self._mail.take(site, plan.inbox)["params"])
         accepted = plan.acknowledged.get(site)
         memory = self._memory.load(course.name, site, accepted) if plan.task == "train" else {}
         update, memory, params = perform(self.program, strategy, filters, plan, site, memory)
         if plan.task == "train":
             self._memory.save(course.name, site, plan.round, memory, accepted)
         if plan.outbox is not None:
-            self._mail.put(site, plan.outbox, plan.round, {"params": params})
+            self._mail.put(plan.outbox, topic(plan.job, site), {"params": params})
             update = replace(update, parts={})
         if course.secure is not None:
             return self.secure.masked(course, update, plan.task)

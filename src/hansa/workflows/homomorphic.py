@@ -3,6 +3,8 @@
 
     offer ─> accept ─> the plan, answered by ciphertexts ─> who is in the sum ─> open, part by part ─> the sum ─> finish
 
+The key site is asked to offer, open and finish whether or not it is among the sites asked for an update.
+
 ``homomorphic.protocol`` says what holds. The sum of ciphertexts and the opened one lie in the scratch folder, one
 element after the other, so memory does not depend on the model's size; this side needs NumPy only.
 
@@ -12,6 +14,7 @@ element after the other, so memory does not depend on the model's size; this sid
 | ciphertexts that are malformed, or not of the number agreed | their site is rejected, nothing of them is added |
 | the key site is silent or refuses, whenever it is asked | QuorumError that names it; nothing is shown |
 | fewer sites than the job's minimum | QuorumError; nothing is opened |
+| the key site has lost its folder, with the keys of the sum | QuorumError that says so; resumed, all are asked anew |
 | killed before it is fixed who is in the sum | the same session, the same key; answers that are there count |
 | killed later | the same sum is opened again from the disk; nobody trains again |
 | killed while the round's model is evaluated | the opened sum is on the disk; nobody is asked |
@@ -54,6 +57,7 @@ class Session:
         plan, asked = question.plan, question.asked
         number = registry.load_object("hansa.secagg.agreement:number_of")(plan.round, plan.task)
         server = registry.load_object("hansa.homomorphic.server:Server")
+        attempt_at = registry.load_object("hansa.homomorphic.server:attempt_at")
         pack = registry.load_object("hansa.homomorphic.protocol:pack")
         self.absent: list[Absence] = []
         if cohort.secure is None:
@@ -69,9 +73,11 @@ class Session:
         state = question.scratch / f"secure.{plan.job}.{plan.task}.encrypted.state"
         self._sum_path = state.with_suffix(".sum")
         scope = self._line.scope + plan.job
-        terms = terms_of(section, question.bounds, scope, number, asked, question.shapes, question.weighed)
+        stored = _read(state)
+        attempt = attempt_at(number, stored)
+        terms = terms_of(section, question.bounds, scope, number, attempt, asked, question.shapes, question.weighed)
         self._letter = pack(terms)
-        self._machine = server(terms, self._line.checker, lambda new: storage.write_atomic(state, new), _read(state))
+        self._machine = server(terms, self._line.checker, lambda new: storage.write_atomic(state, new), stored)
 
     async def carry_out(self) -> Sum:
         """Return the sum.
@@ -111,7 +117,7 @@ class Session:
                 sums[places] = machine.opened(places, await self._key_site("open", letter))
             storage.flush(sums)
         finish = machine.finish()
-        found = Sum(machine.survivors, self.absent, seconds=seconds, num_bytes=num_bytes)
+        found = Sum(tuple(machine.survivors), self.absent, seconds=seconds, num_bytes=num_bytes)
         found.decode(self._question, encoding, _again(plain, encoding.dtype, encoding.size))
         del found.metrics[registry.load_object("hansa.homomorphic.agreement:COUNT")]
         await self._line.exchange(self._plan, "finish", {machine.terms.key_site: finish})
@@ -127,11 +133,20 @@ class Session:
         return answer
 
     async def _invited(self, invitation: bytes) -> list[str]:
-        """Have sites take the key, and return those that did."""
+        """Have sites take the keys, and return those that did."""
         letters = dict.fromkeys(self._machine.terms.sites, invitation)
-        answers = await self._line.exchange(self._plan, "accept", letters)
-        self.absent += [answer for answer in answers.values() if isinstance(answer, Absence)]
-        return [site for site, answer in answers.items() if not isinstance(answer, Absence)]
+        ready = []
+        for site, answer in (await self._line.exchange(self._plan, "accept", letters)).items():
+            if isinstance(answer, Absence):
+                self.absent.append(answer)
+                continue
+            try:
+                self._machine.accept(site, answer)
+            except HansaError as error:
+                self.absent.append(Absence(site, "rejected", error.message))
+            else:
+                ready.append(site)
+        return ready
 
     def _add(self, total: Array, reply: Handle) -> None:
         """Add a site's ciphertexts once the whole of them has been read and found sound."""
