@@ -2,6 +2,7 @@
 """Secure aggregation: how fast masks are made and added, and a whole session; README.md has the figures.
 
 python benchmarks/secagg.py [--sites 100] [--millions 10] [--gone 0.1] [--bits 32]
+python benchmarks/secagg.py --certified --sites 1000     the messages of a deployed session, with real certificates
 
 Sites take their turns in one process of one thread; seconds are its processor's. The sum is checked against that of the
 integers.
@@ -12,20 +13,27 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from hansa.core.lazy import BLOCK, Leaf
+from hansa.pki.identities import Identities
+from hansa.pki.kit import Kit
+from hansa.pki.provision import provision
+from hansa.secagg import graph, protocol
 from hansa.secagg.keys import Keystream, Masks
 from hansa.secagg.local import local_signers
-from hansa.secagg.protocol import Terms
+from hansa.secagg.protocol import Advert, Roll, Terms, Votes
 from hansa.secagg.ring import Encoding, Range, Vector, encoding
 from hansa.secagg.server import Server
 from hansa.secagg.site import Site
+from hansa.transport.messages import INLINE_BYTES
 
 PHASES = ("advertise", "share", "receive", "mask", "vote", "reveal")
 
@@ -164,6 +172,29 @@ def session(count: int, size: int, gone: int, bits: int) -> None:
     print(f"peak memory beyond the values: {peak / 1024:.0f} MiB; of it two sums, {2 * total.nbytes >> 20} MiB")
 
 
+def certified(count: int) -> None:
+    """Print how large a deployed session's messages are, and how long one site takes over them."""
+    names = tuple(f"site-{number:05d}" for number in range(count))
+    terms = Terms("benchmark", 1, 1, names, encoding({"delta": {"w": Range(-1, 1, shape=(10,))}}, count))
+    with tempfile.TemporaryDirectory() as folder:
+        made = provision(Path(folder) / "fed", "benchmark", "127.0.0.1:1", names, ["lead"])
+        kits = {name: Identities(Kit(made.sites[name])) for name in names}
+        sites = {name: Site(terms, name, kits[name], lambda data: None) for name in names}
+        adverts = tuple(protocol.unpack(sites[name].advertise(), Advert) for name in names)
+        roll = protocol.pack(Roll(terms.digest(), adverts))
+        begin = time.process_time()
+        shares = sites[names[0]].share(roll)
+        spent = time.process_time() - begin
+        signatures = {name: kits[name].sign(b"") for name in names}
+    votes = protocol.pack(Votes(terms.digest(), signatures))
+    degree = graph.shape(count, count, terms.corrupt, terms.dropout).degree
+    lengths = {"terms": protocol.pack(terms), "an advert": protocol.pack(adverts[0]), "the roll": roll}
+    lengths |= {"shares": shares, "votes": votes}
+    told = ", ".join(f"{what} {len(data):,}" for what, data in lengths.items())
+    print(f"{count} sites with certificates, {degree} neighbours each; bytes: {told} (inline: up to {INLINE_BYTES:,})")
+    print(f"one site checks the roll and deals its shares in {spent:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, default=100)
@@ -171,7 +202,11 @@ def main() -> None:
     parser.add_argument("--gone", type=float, default=0.1)
     parser.add_argument("--bits", type=int, choices=(32, 64), default=32)
     parser.add_argument("--neighbours", type=int, default=42)
+    parser.add_argument("--certified", action="store_true")
     given = parser.parse_args()
+    if given.certified:
+        certified(given.sites)
+        return
     masks(given.neighbours)
     session(given.sites, int(given.millions * 1e6), int(given.gone * given.sites), given.bits)
 

@@ -27,7 +27,7 @@ from hansa.recipes import sums
 from hansa.runs.masking import settled
 from hansa.secagg import protocol
 from hansa.secagg.agreement import terms
-from hansa.server import remote
+from hansa.server import remote, service
 from hansa.simulation.run import run
 from hansa.site import joined
 from hansa.workers.runner import Course, SiteRunner
@@ -117,6 +117,26 @@ async def test_a_job_that_does_not_say_is_masked_with_the_bits_of_its_simulation
         assert mine["metrics"] == theirs["metrics"]
         assert (mine["site_metrics"], theirs["site_metrics"].keys()) == ({}, set(SITES))
     assert not list(calm.directory.rglob("identities.key"))
+
+
+async def test_messages_that_are_too_large_to_go_with_an_agenda(tmp_path, monkeypatch):
+    """As the roll of 1,100 sites is: it is fetched in pieces, and what a site allows of a model does not bound it."""
+    largest = {}
+
+    def seen(phase, letters):
+        largest[phase] = max(len(letter) for letter in letters.values())
+        return letters
+
+    meddling(monkeypatch, seen)
+    monkeypatch.setattr(service, "INLINE_BYTES", 50)
+    async with loopback(tmp_path, SITES) as federation:
+        await attended(federation, max_model_bytes=4_000)
+        view = await federation.run(job())
+        assert view.line.state == "finished", view.line.error
+        found = weights(federation.made.server / "jobs" / view.line.job)
+    assert largest["share"] > 4_000
+    assert min(largest.values()) > 50
+    assert np.array_equal(found, await simulated(tmp_path))
 
 
 async def test_a_site_that_is_gone_after_it_dealt_shares_is_recovered(tmp_path, monkeypatch):

@@ -535,31 +535,69 @@ if __name__ == "__main__":
 """
 
 
-async def test_a_script_under_dp_sgd_is_charged_by_what_its_job_says_of_its_data(tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
+UNPREPARED = "model, optimizer, DataLoader(data, batch_size=5)"
+
+
+@contextlib.asynccontextmanager
+async def at_a_clinic(folder: Path, script: str, **recipe):
+    """A site with a budget and 50 rows, and a job under dp-sgd that trains on them by a script."""
+    (folder / "train.py").write_text(script)
     values = {
         "name": "heart",
         "rounds": 1,
-        "recipe": {"name": "script", "path": "train.py", "steps": "prepared", "examples": 50},
+        "recipe": {"name": "script", "path": "train.py", "steps": "prepared", "examples": 50, **recipe},
         "model": {"factory": "train.py:make"},
         "data": {"train": "site:notes"},
         "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 5},
         "evaluation": {"every": 0},
         "privacy": {**DP_SGD, "noise_multiplier": 4.0},
         "baselines": {"local": False, "base": False},
-        "directory": str(tmp_path),
+        "directory": str(folder),
     }
-    async with loopback(tmp_path) as lab:
+    async with loopback(folder) as lab:
         write(lab, 9.0)
         (lab.site("s0") / "notes.csv").write_text("age,sick\n" + "".join(f"{i / 50},{i % 2}\n" for i in range(50)))
         text = (lab.site("s0") / "site.toml").read_text().replace("notes.jsonl", "notes.csv")
         text = text.replace('"toys:build"', '"script"')
         (lab.site("s0") / "site.toml").write_text(f'{text}\nsigners = ["ana"]\n')
         await lab.start("s0")
-        view = await lab.run(config.parse(values))
+        yield lab, config.parse(values)
+
+
+async def test_a_script_under_dp_sgd_is_charged_by_what_its_job_says_of_its_data(tmp_path):
+    async with at_a_clinic(tmp_path, SCRIPT) as (lab, asked):
+        view = await lab.run(asked)
         assert view.line.state == "finished", view.line.error
         (entry,) = kept(lab).entries
         assert (entry.unit, entry.release) == ("example", Release(4.0, 0.1, 10))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+async def test_a_process_of_the_owners_own_under_dp_sgd(tmp_path, prepared):
+    """Charged like any other; without the prepared steps nothing is sent, and why is told to the owner alone."""
+    script = SCRIPT if prepared else SCRIPT.replace("flare.prepare(model, optimizer, DataLoader(data))", UNPREPARED)
+    async with at_a_clinic(tmp_path, script, attached=True) as (lab, asked), lab.lead() as lead:
+        id = await lead.submit(asked)
+        await until(lambda: (lab.site("s0") / "work" / "jobs" / id / "files" / "train.py").exists())
+        command = ["site", "attach", id, "--dir", str(lab.site("s0")), "--", sys.executable, str(tmp_path / "train.py")]
+        ours = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", "from hansa.cli.main import main; main()", *command),
+            env={**environment(), "HANSA_TRAIN": str(lab.site("s0") / "notes.csv")},
+        )
+        try:
+            view = await lead.wait(id)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                ours.kill()
+            await ours.wait()
+        (entry,) = kept(lab).entries
+        assert (entry.unit, entry.release) == ("example", Release(4.0, 0.1, 10))
+        if prepared:
+            assert view.line.state == "finished", view.line.error
+            assert "train_loss" not in view.records[0]["metrics"]
+        else:
+            assert view.line.state == "failed"
+            assert "s0: refused: The attached process has gone" in view.line.error
 
 
 async def test_a_required_mechanism_that_the_training_code_does_not_have(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
 from hansa.secagg.agreement import number_of
-from hansa.secagg.protocol import Terms, unpack
+from hansa.secagg.protocol import MAX_BYTES, Terms, unpack
 from hansa.site import budget, policy
 from hansa.site.history import History
 from hansa.site.outbox import Entry, Outbox, Outcome
@@ -214,7 +214,8 @@ class JoinedJob:
             if self._bundle not in (None, given.bundle):
                 raise PolicyError("The server gave this job another bundle than the one that it began with.")
             if self._bundle is None or not path.exists():
-                await self._fetch(connection, given.bundle, path, await whole(self._other_bundles), durable=True)
+                donors, most = await whole(self._other_bundles), self._settings.policy.max_model_bytes
+                await self._fetch(connection, given.bundle, path, donors, most, durable=True)
                 self._bundle = given.bundle
             version = self._kit.roster().version
             if self._job is None:
@@ -328,17 +329,19 @@ class JoinedJob:
         """Return the file of a plan or message, as the server has sent it."""
         path = self._plan_path(given)
         if path not in self._sound or not path.exists():
+            letter = given.kind in get_args(MaskPhase)  # which is as large as the federation, not as the model
+            most = MAX_BYTES if letter else self._settings.policy.max_model_bytes
             if given.inline:
-                await whole(partial(self._put, path, given))
+                await whole(partial(self._put, path, given, most))
             elif not await whole(partial(_is_whole, path, given)):
-                await self._fetch(connection, given.plan, path, await whole(self._other_plans), durable=False)
+                await self._fetch(connection, given.plan, path, await whole(self._other_plans), most, durable=False)
             self._sound.add(path)
         return path
 
-    def _put(self, path: Path, given: Assignment) -> None:
+    def _put(self, path: Path, given: Assignment, most: int | None) -> None:
         """Write a small plan or message, which came with its assignment, if it is one as was announced."""
         if not _is_whole(path, given):
-            policy.check_size(len(given.inline), self._settings.policy)
+            policy.check_size(len(given.inline), most)
             storage.write_whole(path, given.inline, self._spares)
         _check_announced(path, given)
 
@@ -357,14 +360,15 @@ class JoinedJob:
         digest: str,
         path: Path,
         donors: list[tuple[Path, Manifest]],
+        most: int | None,
         *,
         durable: bool,
     ) -> None:
         """Fetch a file, and keep its manifest beside it, for what it can give to the next one."""
-        limit = self._settings.policy.max_model_bytes or MOST_BYTES
+        limit, spares = most or MOST_BYTES, self._spares
         try:
             manifest = await connection.download(
-                self.id, digest, path, donors=donors, max_bytes=limit, durable=durable, spares=self._spares
+                self.id, digest, path, donors=donors, max_bytes=limit, durable=durable, spares=spares
             )
         except ChecksumError as error:
             raise SiteError(f"The server's file is damaged: {error.message}") from error

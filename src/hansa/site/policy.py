@@ -241,10 +241,10 @@ def _ask_plugin(target: str, bundle: Bundle) -> None:
         raise PolicyError(f"The site's plug-in {target!r} decided against the job: {reason}")
 
 
-def check_size(num_bytes: int, policy: Policy, what: str = "model") -> None:
-    """Raise PolicyError if a plan or bundle of ``num_bytes`` is larger than the site allows."""
-    if policy.max_model_bytes is not None and num_bytes > policy.max_model_bytes:
-        raise PolicyError(f"The {what} has {num_bytes:,} bytes; this site allows {policy.max_model_bytes:,}.")
+def check_size(num_bytes: int, most: int | None, what: str = "model") -> None:
+    """Raise PolicyError if a plan or bundle of ``num_bytes`` is larger than ``most``."""
+    if most is not None and num_bytes > most:
+        raise PolicyError(f"The {what} has {num_bytes:,} bytes; this site allows {most:,}.")
 
 
 def check_plan(plan: Plan, job: Job, given: Assignment) -> None:

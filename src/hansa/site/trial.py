@@ -109,7 +109,7 @@ async def _tried(worker: WarmWorker, job: Job, site: str, settings: SiteSettings
     first, planned, out = (place / f"{name}.hansa" for name in ("initial", "plan", "update"))
     await worker.ask(job, lambda ticket, threads: Initial(ticket, threads, str(first)))
     plan = await whole(lambda: _plan(job, first, planned))
-    policy.check_size(planned.stat().st_size, settings.policy)
+    policy.check_size(planned.stat().st_size, settings.policy.max_model_bytes)
     form = msgspec.structs.replace(course_form(job, job.name, "train", site), secure=None)  # it leaves for nowhere
     limit = settings.policy.max_task_s
     try:
