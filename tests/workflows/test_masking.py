@@ -68,6 +68,8 @@ PRIVATE = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
         ({"recipe": {"name": "toys:build"}}, 4, "recipe 'toys:build' is not Hansa's"),
         ({"privacy": {**PRIVATE, "mechanism": "central"}}, 4, "holds each update to"),
         ({"privacy": {**PRIVATE, "mechanism": "dp-sgd"}}, 4, "budget is held against the number of examples"),
+        ({"privacy": {**PRIVATE, "mechanism": "dp-ftrl"}}, 4, "holds each update to"),
+        ({"privacy": {**PRIVATE, "mechanism": "local"}}, 4, "may be larger than any range"),
         ({"privacy": {**PRIVATE, "mechanism": "distributed"}}, 4, "a table that the job itself gives"),
         ({"secure_aggregation": False}, 4, "the job says so"),
     ],
