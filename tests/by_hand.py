@@ -192,6 +192,8 @@ class ByHand:
         noise = np.asarray(self.secret.gaussian(shape, total.dtype, std, number, "delta", "w"))
         if private.adaptive_clip is not None:
             self.clip *= math.exp(-private.adaptive_clip.lr * (share - private.adaptive_clip.quantile))
+            if self.job.masks is not None:
+                self.clip = min(self.clip, self.job.masks.range / SLACK)
         return (total + noise) / expected
 
     def _within(self, move) -> bool:

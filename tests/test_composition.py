@@ -19,11 +19,11 @@ from hansa.client import work
 from hansa.core import fit
 from hansa.core.config import Algorithm, CohortSection, Job
 from hansa.core.values import Model, Snapshot
-from hansa.errors import FitError
+from hansa.errors import FitError, PrivacyError
 from hansa.privacy import draws
 from hansa.privacy.accounting import Release, epsilon
 from hansa.privacy.draws import Secret
-from hansa.privacy.plan import plan_of, terms_of_job
+from hansa.privacy.plan import SLACK, plan_of, terms_of_job
 from hansa.runs import composition
 from hansa.runs.baselines import Baselines
 from hansa.runs.composition import BASE, SITES, inventory, job_of, pairs, refusals, triples
@@ -223,6 +223,27 @@ async def test_what_runs_is_right(tmp_path, monkeypatch, mechanisms) -> None:
         records, scores = await carried_out(job, engine, tmp_path)
     assert_right(job, records, scores)
     assert len(list(tmp_path.glob("late.*"))) <= 1, "late answers pile up"
+
+
+@pytest.mark.parametrize("width", [256.0, 4.0])
+async def test_an_adaptive_clip_grows_no_further_than_the_ring(tmp_path, width) -> None:
+    """Steps are so long that updates grow in each round, and the clip with them: nothing wraps, and no site is lost."""
+    those = [m for m in MECHANISMS if m.name in ("central, adaptive clip", "masks")]
+    growing = {"train": {**BASE["train"], "lr": 5.0}, "privacy": {"adaptive_clip": {"lr": 3.0}}}
+    job = a_job(those, rounds=8, secure_aggregation={"range": width}, **growing)
+    async with opened(job, tmp_path, Clock()) as engine:
+        records, _ = await carried_out(job, engine, tmp_path)
+    hand = by_hand.ByHand(job, records, Secret(KEY), noisy=True)
+    assert hand.clip == width / SLACK > 7 * job.privacy.clip
+    for record, expected in zip(records, hand.models, strict=True):
+        assert record.accepted == SITES
+        np.testing.assert_allclose(np.asarray(record.model.params["w"]), expected, rtol=1e-6)
+
+
+def test_a_clip_that_begins_beyond_the_ring_is_refused() -> None:
+    those = [m for m in MECHANISMS if m.name in ("central, adaptive clip", "masks")]
+    with pytest.raises(PrivacyError, match=r"clip begins at 0\.5, and secure_aggregation\.range = 0\.4 has place"):
+        terms_of_job(a_job(those, secure_aggregation={"range": 0.4}))
 
 
 def test_late_answers_where_everybody_is_asked_again_are_refused() -> None:

@@ -76,11 +76,13 @@ class Terms:
         section: the job's own words.
         rounds: how many releases there are: rounds, or local steps for dp-sgd.
         rate: the probability that a unit takes part in one.
+        most: what an adaptive clip grows to at most: under masks, what has a place in their ring.
     """
 
     section: PrivacySection
     rounds: int
     rate: float = 1.0
+    most: float = math.inf
 
     @property
     def noise_multiplier(self) -> float:
@@ -198,12 +200,23 @@ def terms_of_job(job: Job) -> Terms | None:
 
     Raises:
         FitError: the cohort is not drawn as the accountant assumes, or something else does not go with the promise.
+        PrivacyError: an adaptive clip begins above what its ring holds.
     """
     section = job.privacy
     if section is None or section.mechanism == "dp-sgd":
         return None
     check_fit(promised(job))
-    return Terms(section, job.rounds, job.cohort.sample if Trait.RATED in TRAITS[section.mechanism] else 1.0)
+    rate = job.cohort.sample if Trait.RATED in TRAITS[section.mechanism] else 1.0
+    most = math.inf
+    if section.adaptive_clip and job.masks is not None:
+        most = job.masks.range / SLACK
+        if section.clip > most:
+            raise PrivacyError(
+                f"privacy.clip begins at {section.clip:g}, and secure_aggregation.range = {job.masks.range:g} has "
+                f"place for one of {most:g} at most. Raise the range, or begin with less.",
+                job=job.name,
+            )
+    return Terms(section, job.rounds, rate, most)
 
 
 def promised(job: Job) -> list[Piece]:

@@ -23,6 +23,7 @@ Guarantees, each held by a test:
 | a NaN or infinite update | NonFiniteError at the site, which is then absent |
 | an update of zeros | sent as it is; its norm is not above the clip |
 | distributed noise, and fewer sites than its shares are for | no sum is shown: the quorum of the masks is that number |
+| an adaptive clip that would outgrow the masks' ring | it stays at what the ring holds: nothing wraps or is refused |
 | σ_b too small for z (z ≥ 2σ_b) | PrivacyError: the count alone would spend more than is promised |
 """
 
@@ -126,7 +127,7 @@ def protected(strategy: Strategy, terms: Terms, secret: Secret | None = None) ->
         assert secret is not None, "an adaptive clip is the server's"
         drawn = secret.generator(model.version, COUNT).normal(0.0, count_noise)
         share = (float(np.asarray(halves)) + drawn) / expected + 0.5
-        clip *= math.exp(-adaptive.lr * (share - adaptive.quantile))
+        clip = min(terms.most, clip * math.exp(-adaptive.lr * (share - adaptive.quantile)))
         return stepped, {**inner, CLIP: {"norm": np.array(clip)}}, {**notes, "unclipped": share}
 
     def select(sites: Sequence[str], round: int) -> tuple[str, ...]:
