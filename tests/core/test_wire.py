@@ -513,6 +513,20 @@ def test_a_plan_read_when_it_is_asked_for_is_the_plan_read_whole(stored: Path) -
     np.testing.assert_array_equal(held[5 : trees.BLOCK + 9], whole.params["w"].reshape(-1)[5 : trees.BLOCK + 9])
 
 
+def test_steps_that_are_not_the_files_read_each_block_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a masked vector's are, in which a few numbers stand before the tensors."""
+    with stored.open("rb") as file:
+        whole = wire.read_plan(file).params["w"].reshape(-1)
+    held = trees.leaves(wire.open_plan(stored).params)["w"]
+    reads = []
+    pread = wire.os.pread
+    monkeypatch.setattr(wire.os, "pread", lambda *given: reads.append(given) or pread(*given))
+    edges = [0, *range(7, whole.size, trees.BLOCK), whole.size]
+    found = [held[start:stop] for start, stop in itertools.pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate(found), whole)
+    assert len(reads) == 3
+
+
 def test_damage_is_found_when_it_is_read_and_only_there(stored: Path) -> None:
     data = bytearray(stored.read_bytes())
     data[-100] ^= 1  # in the last block of the last tensor, "w" of "params"

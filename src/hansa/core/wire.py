@@ -269,13 +269,17 @@ def open_parts(path: Path, *, lazily: bool = False) -> tuple[Envelope, dict[str,
 
 
 class _Stored:
-    """The tensors of a value in an open file."""
+    """The tensors of a value in an open file.
+
+    The block that was read last is kept: who reads in steps that are not this file's needs each one twice in a row.
+    """
 
     def __init__(self, path: Path, descriptor: int, begin: int, envelope: Envelope) -> None:
         self._path = path
         self._envelope = envelope
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
+        self._last: tuple[tuple[int, int], Array] | None = None
         self._places: dict[tuple[str, str], tuple[int, int]] = {}
         for index, (part, name, spec) in enumerate(envelope.tensors()):
             self._places[part, name] = index, begin
@@ -295,6 +299,9 @@ class _Stored:
         index, begin = self._places[part, name]
 
         def block(number: int) -> Array:
+            last = self._last  # one look: threads share it
+            if last is not None and last[0] == (index, number):
+                return last[1]
             offset = number * trees.BLOCK * dtype.itemsize
             length = min(trees.BLOCK * dtype.itemsize, spec.num_bytes - offset)
             where = f"tensor {_shown(name)} of {_shown(part)} at byte {offset}, in {self._path}"
@@ -302,13 +309,16 @@ class _Stored:
             head, payload = raw[: _FRAME.size], memoryview(raw)[_FRAME.size :]
             _check_frame(head, index, offset, length, where)
             _check_payload(head, payload, dtype, where)
-            return np.frombuffer(payload, dtype)
+            found = np.frombuffer(payload, dtype)
+            self._last = (index, number), found
+            return found
 
         def read(start: int, stop: int, memo: Memo) -> Array:
-            first, last = start // trees.BLOCK, -(-stop // trees.BLOCK)
-            found = [block(number) for number in range(first, last)] if start < stop else [np.empty(0, dtype)]
-            values = found[0] if len(found) == 1 else np.concatenate(found)
-            return values[start - first * trees.BLOCK : stop - first * trees.BLOCK]
+            if start == stop:
+                return np.empty(0, dtype)
+            edges = range(start - start % trees.BLOCK, stop, trees.BLOCK)
+            found = [block(edge // trees.BLOCK)[max(start - edge, 0) : stop - edge] for edge in edges]
+            return found[0] if len(found) == 1 else np.concatenate(found)
 
         return Leaf(spec.shape, dtype, read)
 
