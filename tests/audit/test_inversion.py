@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ from hansa.audit import inversion, uploads
 from hansa.audit.finding import Finding, Measure, Skipped
 from hansa.audit.subject import Subject, opened
 from hansa.core.config import Job
+from hansa.homomorphic import ckks
 from hansa.runs.progress import Silent
+from hansa.secagg import keys
 from hansa.sinks import plots
 from tiny import BERT, rows
 
 MASKS = {"minimum": 3}
+SECRET = {
+    "masks": {"secure_aggregation": MASKS},
+    "encryption": {"homomorphic_encryption": {"key_site": "s1", "full_model": True}},
+}
+RARE = 1e-7
+"""Masks and keys are fresh in each run of a test, and this says how often it fails by that."""
 DP_SGD = {"mechanism": "dp-sgd", "clip": 1.0, "noise_multiplier": 2.5, "delta": 1e-4}
 
 
@@ -67,22 +76,58 @@ def test_an_example_is_read_off_a_plain_update(tmp_path: Path, section: dict[str
     assert all(label for _, _, label in done)
 
 
-def test_masks_leave_no_more_than_noise(tmp_path: Path) -> None:
+def compared(job: Job) -> tuple[list[float], list[float], int]:
+    """Attack 24 single uploads; return the cosines of guesses, those of guesses at noise, and how many labels it has."""
     generator = np.random.default_rng(2)
-    with opened(audited.job(tmp_path)) as subject:
-        plain = [cosine(guess, truth) for guess, truth, _ in guesses(subject, 12)]
-    with opened(audited.job(tmp_path, secure_aggregation=MASKS)) as subject:
-        done = guesses(subject, 36)
+    with opened(job) as subject:
+        done = guesses(subject, 24)
         nothing = [uploads.noise(subject.params, generator) for _ in done]
-    masked = [cosine(guess, truth) for guess, truth, _ in done]
     chance = [
         cosine(inversion.from_layer(each["0.weight"], each["0.bias"], 1)[0], truth)
         for each, (_, truth, _) in zip(nothing, done, strict=True)
     ]
-    assert stats.ks_2samp(masked, chance).pvalue > 1e-7
-    assert not uploads.is_better(np.array(masked), np.array(chance))
-    assert stats.binomtest(sum(label for _, _, label in done), len(done), 0.25, alternative="greater").pvalue > 1e-7
-    assert uploads.is_better(np.array(plain), np.array(chance)), "the test can tell"
+    return [cosine(guess, truth) for guess, truth, _ in done], chance, sum(label for _, _, label in done)
+
+
+def without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys.Masks, "apply", lambda masks, start, values: None)
+
+
+def without_encryption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have numbers stand in the last words of a ciphertext as they are."""
+    prime, sizes = ckks.PRIMES[0], set()
+
+    def encrypt(_self: Any, values: Any) -> Any:
+        sizes.add(values.size)
+        return np.concatenate([np.zeros(ckks.WORDS - values.size, np.int64), values % prime]).astype(np.uint64)
+
+    def decrypt(_self: Any, words: Any) -> Any:
+        (size,) = sizes
+        found = words[words.size - size :].astype(np.int64)
+        return np.concatenate([np.where(found > prime // 2, found - prime, found), np.zeros(ckks.SLOTS - size, int)])
+
+    monkeypatch.setattr(ckks.Encryptor, "encrypt", encrypt)
+    monkeypatch.setattr(ckks.Decryptor, "decrypt", decrypt)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"), [("masks", without_masks), ("encryption", without_encryption)], ids=SECRET.keys()
+)
+def test_secret_uploads_tell_no_more_than_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, broken: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """And they tell all where masks or encryption do nothing, read in the same way: so the test can tell."""
+    monkeypatch.setattr(uploads, "CHANCE", RARE)
+    job = audited.job(tmp_path, **SECRET[name])
+    found, chance, labels = compared(job)
+    assert stats.ks_2samp(found, chance).pvalue > RARE
+    assert not uploads.is_better(np.array(found), np.array(chance))
+    assert stats.binomtest(labels, len(found), 0.25, alternative="greater").pvalue > RARE
+    broken(monkeypatch)
+    found, chance, labels = compared(job)
+    assert min(found) > 0.999, "but for rounding to the ring's step"
+    assert uploads.is_better(np.array(found), np.array(chance))
+    assert labels == len(found)
 
 
 def test_what_a_plain_job_s_report_says(tmp_path: Path) -> None:
@@ -98,10 +143,16 @@ def test_what_a_plain_job_s_report_says(tmp_path: Path) -> None:
     assert "<svg" in plots.svg("p", finding.pictures[0].title, finding.pictures[0].draw, finding.pictures[0].height)
 
 
-def test_what_a_masked_job_s_report_says(tmp_path: Path) -> None:
-    finding = found(audited.job(tmp_path, secure_aggregation=MASKS))
+@pytest.mark.parametrize("section", SECRET.values(), ids=SECRET.keys())
+def test_what_a_report_says_of_secret_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(uploads, "CHANCE", RARE)
+    monkeypatch.setattr(inversion, "ANALYTIC_TRIES", 20)
+    monkeypatch.setattr(inversion, "SHOWN", 1)
+    finding = found(audited.job(tmp_path, **section))
     assert finding.verdict in ("holds", "leaks"), "leaks would be of the sum, which the server does learn"
-    assert measure(finding, "right example named").low < 0.1
+    assert measure(finding, "right example named").low < 0.2
     assert measure(finding, "the job's round: examples recovered from an upload").value == 0
     assert measure(finding, "the job's round: examples recovered from the sum").baseline == 0
     assert "no more than it reads in noise" in finding.says
@@ -120,7 +171,7 @@ def test_what_dp_sgd_promises_bounds_the_attack(tmp_path: Path) -> None:
 
 
 def test_noise_follows_the_whole_job_s_epsilon(tmp_path: Path) -> None:
-    asked = {"mechanism": "dp-sgd", "clip": 1.0, "epsilon": 3.0, "delta": 1e-4}
+    asked = {"mechanism": "dp-sgd", "clip": 1.0, "epsilon": 3.0, "delta": 1e-4, "accountant": "rdp"}
     with opened(audited.job(tmp_path, rounds=3, privacy=asked)) as subject:
         assert uploads.alone(subject).plan.terms.noise_multiplier == subject.plan.terms.noise_multiplier
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from hansa.audit import text, uploads
 from hansa.audit.finding import Skipped
@@ -127,17 +128,26 @@ def test_texts_are_read_off_adapters(tmp_path: Path, moved: bool, rank: int, lea
         assert np.mean([found.span for found, _ in read(again)]) > least
 
 
-def test_masks_leave_no_more_than_noise(tmp_path: Path) -> None:
-    with opened(job(tmp_path, secure_aggregation={"minimum": 3})) as subject:
-        finding = text.attack(subject, np.random.default_rng(0), Silent())
-        done = read(subject, 12)
+@pytest.mark.parametrize(
+    "section",
+    [{"secure_aggregation": {"minimum": 3}}, {"homomorphic_encryption": {"key_site": "s1", "full_model": True}}],
+    ids=["masks", "encryption"],
+)
+def test_secret_uploads_tell_no_more_than_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any]
+) -> None:
+    with opened(job(tmp_path, **section)) as subject:
+        done = read(subject, 10)
         reader = Reader.of(subject.program, subject.params)
         generator = np.random.default_rng(1)
         nothing = [reader.found(uploads.noise(subject.params, generator), [np.array(truth)]) for _, truth in done]
-    masked, chance = (np.array([f.best for f in every]) for every in ([found for found, _ in done], nothing))
-    assert not uploads.is_better(masked, chance)
-    assert uploads.is_better(np.ones(12), chance), "the test can tell"
-    assert not any(found.tokens == set(truth) for found, truth in done)
+        areas, chance = [found.best for found, _ in done], [found.best for found in nothing]
+        assert stats.ttest_ind(areas, chance, alternative="greater").pvalue > 1e-7, "masks and keys are fresh"
+        assert stats.ttest_1samp(chance, 0.99).pvalue < 1e-7, "a plain update's would be 1: the test can tell"
+        assert not any(found.tokens == set(truth) for found, truth in done)
+        monkeypatch.setattr(text, "TRIES", 3)
+        monkeypatch.setattr(text, "SHOWN", 1)
+        finding = text.attack(subject, np.random.default_rng(0), Silent())
     assert finding.verdict in ("holds", "leaks"), "leaks would be of the sum, which the server does learn"
     assert "no more than it reads in noise" in finding.says
 

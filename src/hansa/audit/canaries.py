@@ -60,7 +60,7 @@ from hansa.runs.progress import Progress
 
 NAME = "one-run canaries"
 
-CANARIES = 3200
+CANARIES = 10_000
 """How many coins are thrown at most; about half of the canaries are in."""
 FEWEST = 32
 SUMMED = 64

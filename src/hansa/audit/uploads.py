@@ -8,7 +8,7 @@ e^ε/M + δ, since Σ_i P[names i | nobody] ≤ 1 and P[names i | i] ≤ e^ε P[
 
 | case | result |
 |---|---|
-| masked or encrypted | the bits of the upload, taken for numbers: all that whoever reads it has |
+| masked or encrypted | elements of the ring, or residues, taken for signed numbers: all that whoever reads it has |
 | a site that was not asked, by sampling or by its turn | it gives no upload; others are tried |
 | a job whose noise follows from an ε | the noise multiplier of the whole job, also for one example |
 | no site answers with an upload | there is none, and the attack is skipped |
@@ -29,7 +29,10 @@ from hansa.core import tree as trees
 from hansa.core.config import SecureAggregationSection
 from hansa.core.tree import Array, Tree
 from hansa.core.values import Aggregate, Update
+from hansa.homomorphic.ckks import PRIMES
 from hansa.runs.progress import Progress
+from hansa.workflows.homomorphic import CIPHERTEXTS, SEALED
+from hansa.workflows.secure import MASKED, VECTOR
 
 DELTA = "delta"
 CANDIDATES = 64
@@ -95,23 +98,22 @@ def one_round(subject: Subject, rows: Mapping[str, Rows]) -> Seen:
 def read(update: Update, params: Tree) -> dict[str, Array]:
     """Return what an upload says of each floating tensor of the model, float64.
 
-    What is masked or encrypted is read as it lies there: elements of the ring as signed numbers, bytes as bytes. The
+    What is masked or encrypted is read as it lies there: elements of the ring, and residues, as signed numbers. The
     last of them stand for the update, in the order of tensors' names; weight and metrics come before.
     """
     shapes = {name: leaf.shape for name, leaf in sorted(trees.floating(params).items())}
     if DELTA in update.parts:
         return {name: np.asarray(leaf, np.float64) for name, leaf in sorted(update.parts[DELTA].items())}
-    found = []
-    for _, tree in sorted(update.parts.items()):
-        for _, leaf in sorted(tree.items()):
-            flat = np.asarray(leaf).reshape(-1)
-            found.append(flat.view(f"i{flat.itemsize}").astype(np.float64) if flat.dtype.kind == "u" else flat)
-    vector = np.concatenate(found)
+    if SEALED in update.parts:
+        words = np.asarray(update.parts[SEALED][CIPHERTEXTS]).astype(np.int64)  # below 2^60
+        vector = np.where(words > PRIMES[0] // 2, words - PRIMES[0], words).astype(np.float64)
+    else:
+        ring = np.asarray(update.parts[MASKED][VECTOR])
+        vector = ring.view(f"i{ring.itemsize}").astype(np.float64)
     size = sum(int(np.prod(shape)) for shape in shapes.values())
-    vector = np.resize(vector, size) if vector.size < size else vector[vector.size - size :]
-    vector -= vector.mean()  # residues of a ciphertext are all positive, and would pass for a bright image
-    vector /= max(float(np.abs(vector).max()), 1e-300)
-    return _shaped(vector, shapes)
+    assert vector.size >= size, "every element of the model has one of the ring, or four residues"
+    vector = vector[vector.size - size :]
+    return _shaped(vector / max(float(np.abs(vector).max()), 1e-300), shapes)
 
 
 def noise(params: Tree, generator: np.random.Generator) -> dict[str, Array]:
