@@ -37,9 +37,7 @@ BAR = 0.15
 
 def _canaries(repeats: int) -> bool:
     """One round of central noise over 10,000 canaries, about half of them in; the model has 50,000 parameters."""
-    print(
-        "| noise | ε, analytic | estimate | off | its deviation | least possible | bounds, median | above ε | ½ noise |"
-    )
+    print("| noise | ε, analytic | estimate | off | deviation | least possible | bounds, median | above ε | ½ noise |")
     print("|---|---|---|---|---|---|---|---|---|")
     good = True
     for noise in NOISES:
@@ -60,12 +58,12 @@ def _canaries(repeats: int) -> bool:
                 guess = estimate.estimate(scores, played.included, DELTA)
                 guesses.append(guess.epsilon)
                 bounds.append((estimate.lower_bound(scores, played.included, DELTA).epsilon, guess.least))
-        mean, off = np.mean(guesses), np.mean(guesses) / true - 1
+        mean, off, deviation = np.mean(guesses), np.mean(guesses) / true - 1, np.std(guesses, ddof=1)
         proved, normal = np.median(bounds, axis=0)
         above, also = (np.array(bounds) > true).sum(0)
         good &= abs(off) <= BAR and not above
         print(
-            f"| {noise:g} | {true:.2f} | {mean:.2f} | {off:+.1%} | {np.std(guesses, ddof=1):.3f} | {_least(noise):.3f} | "
+            f"| {noise:g} | {true:.2f} | {mean:.2f} | {off:+.1%} | {deviation:.3f} | {_least(noise):.3f} | "
             f"{proved:.2f}, {normal:.2f} | {above}, {also} of {repeats} | {_caught(noise / 2, true):.0%} |",
             flush=True,
         )

@@ -77,7 +77,7 @@ def test_an_example_is_read_off_a_plain_update(tmp_path: Path, section: dict[str
 
 
 def compared(job: Job) -> tuple[list[float], list[float], int]:
-    """Attack 24 single uploads; return the cosines of guesses, those of guesses at noise, and how many labels it has."""
+    """Attack 24 single uploads; return the cosines of guesses, those of guesses at noise, and the labels it got."""
     generator = np.random.default_rng(2)
     with opened(job) as subject:
         done = guesses(subject, 24)
