@@ -41,6 +41,7 @@ from hansa.core.values import Absence, Model, RoundRecord
 from hansa.errors import HansaError, InterruptedRunError, JobError, SiteError, UnreachableError, WireError, nearest
 from hansa.pki.kit import Kit
 from hansa.runs.masking import settled, told
+from hansa.runs.pieces import relays
 from hansa.runs.progress import Progress
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
@@ -190,11 +191,14 @@ class Federation:
     def prepared(self, job: Job) -> tuple[Job, str]:
         """Return ``job`` as it is submitted, and a sentence on whether the server sees its updates or sums only.
 
-        That is settled by the sites that one's own copy of the roster lists, not by what the server says.
+        That is settled by the sites that one's own copy of the roster lists, not by what the server says; and where
+        sites hand the model to each other, those sites are named in the job.
         """
-        num_sites = len(job.cohort.sites or self._kit.roster().sites)
-        job = settled(job, num_sites)
-        return job, told(job, num_sites)
+        sites = job.cohort.sites or self._kit.roster().sites
+        job = settled(job, len(sites))
+        if relays(job):  # so that a site can tell how few turns are below the quorum
+            job = job.model_copy(update={"cohort": job.cohort.model_copy(update={"sites": sorted(sites)})})
+        return job, told(job, len(sites))
 
     def jobs(self) -> list[JobLine]:
         """Return the jobs one may see, oldest first."""

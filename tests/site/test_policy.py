@@ -182,21 +182,21 @@ PLAN = Plan("toy", 2, "train", 5, PARAMS, seed=0)
     [{"round": 3}, {"task": "evaluate"}, {"job": "local.s0"}, {"seed": 1}, {"inbox": "x"}, {"outbox": "../../x"}],
 )
 def test_plans_of_something_else(change):
-    policy.check_plan(PLAN, job(), given())
+    policy.check_plan(PLAN, job(), given(), "s0")
     with pytest.raises(PolicyError):
-        policy.check_plan(dataclasses.replace(PLAN, **change), job(), given())
+        policy.check_plan(dataclasses.replace(PLAN, **change), job(), given(), "s0")
 
 
 @pytest.mark.parametrize(("course", "round"), [("toy", 0), ("toy", 11), ("local.s0", 0), ("local.s0", 11), ("base", 1)])
 def test_plans_beyond_the_signed_rounds(course, round):
     plan = dataclasses.replace(PLAN, job=course, round=round, task="evaluate")
     with pytest.raises(PolicyError, match="signed with 10 rounds"):
-        policy.check_plan(plan, job(), given(course=course, round=round, kind="evaluate"))
+        policy.check_plan(plan, job(), given(course=course, round=round, kind="evaluate"), "s0")
 
 
 def test_the_base_model_is_of_round_0():
     plan = dataclasses.replace(PLAN, job="base", round=0, task="evaluate")
-    policy.check_plan(plan, job(), given(course="base", round=0, kind="evaluate"))
+    policy.check_plan(plan, job(), given(course="base", round=0, kind="evaluate"), "s0")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Trait(Enum):
     APART = "keeps each site's data where they are"
     NEEDS_EACH = "looks at each site's update by itself"
     RELAYS = "hands the model from site to site, without a sum or a server step"
-    UNPEERED = "carries no messages between sites"
+    REMOTE = "reaches its sites over the network"
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,6 @@ RULES = (
         (Trait.RELAYS, Trait.STALE),
         "a late site has no turn to come back to.",
         "use cohort.late = 'discard'.",
-    ),
-    Rule(
-        (Trait.RELAYS, Trait.UNPEERED),
-        "the model goes from site to site, and a deployed server carries no messages between sites.",
-        "use workflow 'scatter-gather'.",
     ),
     Rule(
         (Trait.RELAYS, Trait.VECTORISED),

@@ -53,6 +53,9 @@ KeyPhase = Literal["offer", "accept", "open", "finish"]
 Phase = Literal[MaskPhase, KeyPhase]
 """Any of them."""
 
+MailPhase = Literal["address", "post"]
+"""What a site is asked for a peer: the key that messages to it are sealed with; its own message, sealed."""
+
 
 class SecureLine(Protocol):
     """The way of the messages of secret sums between a workflow and the sites: by masks, or encrypted."""
@@ -116,14 +119,27 @@ class Cohort(Protocol):
 
 
 class Peers(Protocol):
-    """Mailboxes between the nodes of a federation; the server is the node called ``server``."""
+    """Mailboxes between the nodes of a federation; the server is the node called :data:`SERVER`.
 
-    async def send(self, sender: str, recipient: str, topic: str, parts: Parts) -> None:
-        """Leave ``parts`` under ``topic`` in the mailbox of ``recipient``; sending again replaces them."""
+    A node has one message a round: a site makes it by a plan with an ``outbox``, the server by :meth:`put`. It stays
+    with the node that made it until the round is over, and can be sent to one peer after the other. The workflow says
+    who sends to whom, and sees the contents of what is sent to the server only.
+    """
+
+    async def put(self, plan: Plan, parts: Parts) -> None:
+        """Let ``parts`` be the server's message of the plan's course and round."""
         ...
 
-    async def receive(self, recipient: str, topic: str) -> Parts:
-        """Return what lies under ``topic`` (SiteError if nothing does); it stays until it is replaced."""
+    async def send(self, plan: Plan, sender: str, recipient: str) -> Absence | None:
+        """Have the message of ``sender`` brought to ``recipient``; sent already, nothing happens.
+
+        Returns:
+            None, or why it could not be: the absence of whichever of the two failed.
+        """
+        ...
+
+    async def take(self, plan: Plan, sender: str) -> Parts:
+        """Return what ``sender`` has sent to the server."""
         ...
 
 
@@ -135,7 +151,7 @@ EVERYONE = "@everyone"
 
 
 def topic(job: str, sender: str) -> str:
-    """Return the topic under which ``sender`` leaves its trained parameters for a peer.
+    """Return the topic of the message of ``sender``, in its own mailbox and in those of its peers.
 
     It is the same in every round, so a mailbox holds no more than each sender's last message.
     """

@@ -64,7 +64,8 @@ class Plan:
         parts: what the strategy sends beside the model.
         seed: the job's seed; a site derives its own generators from (seed, round, site).
         inbox: a topic in the site's mailbox that holds the parameters, in place of ``params``.
-        outbox: the peer that gets the trained parameters, in place of an update to the server.
+        outbox: the topic under which the trained parameters are left there, in place of an update to the server.
+        sealed: where sites are machines apart: the address of the file that has the inbox's message, sealed.
         deadline_s: how many seconds a site has from when it starts.
         acknowledged: site -> the last round whose update the server accepted from it; what the site remembers
             from later rounds is not used.
@@ -79,6 +80,7 @@ class Plan:
     seed: int = 0
     inbox: str | None = None
     outbox: str | None = None
+    sealed: str | None = None
     deadline_s: float | None = None
     acknowledged: Mapping[str, int] = field(default_factory=dict)
 

@@ -360,7 +360,7 @@ class _UpdateMeta(msgspec.Struct, forbid_unknown_fields=True):
     logged: Annotated[dict[_Name, _Points], msgspec.Meta(max_length=MAX_NAMES)] = {}
 
 
-class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True):
+class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     job: str
     round: _Number
     task: Task
@@ -370,6 +370,7 @@ class _PlanMeta(msgspec.Struct, forbid_unknown_fields=True):
     outbox: str | None
     deadline_s: float | None
     acknowledged: dict[str, int]
+    sealed: str | None = None
 
 
 _PARAMS = "params"
@@ -411,6 +412,7 @@ def write_plan(file: BinaryIO, plan: Plan) -> int:
         plan.outbox,
         plan.deadline_s,
         dict(plan.acknowledged),
+        plan.sealed,
     )
     return write(file, "plan", msgspec.to_builtins(meta), {**plan.parts, _PARAMS: plan.params})
 
@@ -441,6 +443,7 @@ def _plan(meta: _PlanMeta, parts: Mapping[str, Tree]) -> Plan:
         meta.seed,
         meta.inbox,
         meta.outbox,
+        meta.sealed,
         meta.deadline_s,
         meta.acknowledged,
     )

@@ -39,6 +39,9 @@ from hansa.workers.runner import Course
 from hansa.workflows.evaluate import Scores
 from hansa.workflows.scatter_gather import wanted
 
+INITIAL = "initial.safetensors"
+"""The parameters that a run's training starts from."""
+
 
 class Sink(Protocol):
     """An observer of rounds."""
@@ -160,7 +163,7 @@ class _Carrier:
         return plan
 
     async def _initial(self) -> Tree:
-        path = self._directory / "initial.safetensors"
+        path = self._directory / INITIAL
         if not path.exists():
             temporary = path.with_suffix(".tmp")
             storage.save_tree(temporary, await self._engine.initial())

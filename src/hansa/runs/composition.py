@@ -128,7 +128,7 @@ def _surroundings() -> Iterator[Mechanism]:
     for name in _choices(EngineSection, "name"):
         if name != "local":
             yield Mechanism("engine", name, {"engine": {"name": name}}, "engine")
-    yield Mechanism("engine", "a deployment", {}, "engine", frozenset({Trait.UNPEERED}))
+    yield Mechanism("engine", "a deployment", {}, "engine", frozenset({Trait.REMOTE}))
     for name in config.BaselineSection.model_fields:
         yield Mechanism("baseline", name, {"baselines": {name: True}}, f"baseline {name}")
 

@@ -57,9 +57,14 @@ def _policy(job: Job, num_sites: int) -> list[Piece]:
 
 
 def _engine(job: Job, traits: frozenset[Trait]) -> Piece:
-    if Trait.UNPEERED in traits:  # a deployment, whatever the job says of simulations
-        return Piece("engine", "remote", frozenset({Trait.UNPEERED, Trait.APART}))
+    if Trait.REMOTE in traits:  # a deployment, whatever the job says of simulations
+        return Piece("engine", "remote", frozenset({Trait.REMOTE, Trait.APART}))
     return Piece("engine", job.engine.name, frozenset({Trait.VECTORISED} if job.engine.name == "batched" else ()))
+
+
+def relays(job: Job) -> bool:
+    """Say whether a job's sites send messages to each other; no code but Hansa's own is loaded to find out."""
+    return job.workflow.name in registry.TABLES["workflows"] and Trait.RELAYS in workflow_of(job).traits
 
 
 def _baselines(job: Job) -> list[Piece]:

@@ -48,7 +48,7 @@ from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
 from hansa.server.desk import Desk
 from hansa.server.http import Metrics
-from hansa.server.remote import Remote
+from hansa.server.remote import MAIL, Remote
 from hansa.server.settings import ServerSettings
 from hansa.server.store import Store
 from hansa.sinks.text import number
@@ -297,7 +297,7 @@ class Jobs:
             for key in self._store.forget(id, course, _EVERY_ROUND):
                 self._blobs.delete(key)
         work = self.folder(id) / "work"
-        for name in ("plans", "updates", "compute", storage.SPARES):
+        for name in ("plans", "updates", "compute", MAIL, storage.SPARES):
             shutil.rmtree(work / name, ignore_errors=True)
         for path in [work / "initial.hansa", *work.rglob("secure.*")]:
             path.unlink(missing_ok=True)

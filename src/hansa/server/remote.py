@@ -34,18 +34,22 @@ from hansa.core import storage, wire
 from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Trait
-from hansa.core.ports import Handle, Peers, Phase, Reply, SecureLine, SiteReport
-from hansa.core.tree import Parts, Tree
+from hansa.core.ports import Handle, Phase, Reply, SecureLine, SiteReport
+from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan, Task
 from hansa.errors import HansaError, PolicyError, SiteError, StorageError
 from hansa.pki.identities import Identities
 from hansa.server.blobs import Blobs
 from hansa.server.compute import Compute
 from hansa.server.desk import Desk
+from hansa.server.mail import RemotePeers, absence
 from hansa.server.store import Store, TaskKind, TaskRow
 from hansa.transport.messages import Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
 from hansa.workers.runner import Course
+
+MAIL = "mail"
+"""The folder, in a job's for what passes, of notes of the messages between its sites."""
 
 _TICK_S = 0.5
 _SETTLE_S = 0.25
@@ -102,6 +106,7 @@ class Remote:
         self._news = asyncio.Event()
         self._metrics: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
         self._announced: set[str] = set()  # plans that are there, and whose tasks are about to be
+        self.peers = RemotePeers(self, directory / MAIL)
 
     async def __aenter__(self) -> Remote:
         """Start the worker beside the server.
@@ -116,7 +121,7 @@ class Remote:
         await self._compute.__aenter__()
         loop = asyncio.get_running_loop()
         self.desk.listen(self.id, lambda: loop.call_soon_threadsafe(self._news.set))
-        self.traits = self._compute.traits | {Trait.UNPEERED}
+        self.traits = self._compute.traits | {Trait.REMOTE}
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -176,11 +181,6 @@ class Remote:
         """Return the sites of ``course`` as a workflow sees them."""
         return RemoteCohort(self, course)
 
-    @property
-    def peers(self) -> Peers:
-        """There are none: :meth:`__aenter__` has refused what would need them."""
-        return _NoPeers()
-
     def kept(self, key: str) -> Kept:
         """Return an accepted update, from wherever it is kept."""
         return Kept(self._blobs.fetch(key))
@@ -222,6 +222,25 @@ class Remote:
                     temporary.unlink(missing_ok=True)
         return {site: digests[letter] for site, letter in letters.items()}
 
+    def publish_update(self, key: str, digest: str = "") -> str:
+        """Put an accepted update where sites can fetch it, unless it is there already, and return its address.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        if not digest or not (self._plans / f"{digest}.manifest").exists():
+            temporary = self._plans / f".{hashlib.sha256(key.encode()).hexdigest()}.tmp"
+            path = self._blobs.fetch(key)
+            try:
+                temporary.unlink(missing_ok=True)
+                storage.link(path, temporary)
+                digest = self._announce(temporary, wire.cuts(temporary))
+            except OSError as error:
+                raise storage.full(temporary, error) from error
+            finally:
+                temporary.unlink(missing_ok=True)
+        return digest
+
     def _announce(self, temporary: Path, cuts: Sequence[int] | None = None) -> str:
         """Let a file be what sites fetch, and return the address of its manifest."""
         manifest = describe(temporary, cuts)
@@ -232,12 +251,13 @@ class Remote:
 
     def forget(self, course: str, before: int) -> None:
         """Free the updates of rounds before ``before``, and the plans that nobody is asked for any more."""
+        self.peers.forget(course, before)
         for key in self.store.forget(self.id, course, before):
             self._spares.give(self._blobs.path(key))
             self._blobs.delete(key)
         self._sweep()
         plans = list(self._plans.glob("*.hansa"))  # first: another course may be publishing one meanwhile
-        announced = set(self._announced)
+        announced = self._announced | self.peers.held()
         asked = {row.plan for row in self.store.tasks(self.id) if row.state in ("open", "late", "done")}
         for path in plans:
             if path.stem not in announced | asked:
@@ -306,16 +326,6 @@ class Remote:
         return f"not heard from for {since:.0f} s (the server waits {self.lease_s:g} s for a site)"
 
 
-class _NoPeers:
-    """Mailboxes for workflows that have no use for them."""
-
-    async def send(self, sender: str, recipient: str, topic: str, parts: Parts) -> None:
-        raise AssertionError("a workflow that needs peers was refused")
-
-    async def receive(self, recipient: str, topic: str) -> Parts:
-        raise AssertionError("a workflow that needs peers was refused")
-
-
 class RemoteCohort:
     """The port of the ``remote`` engine."""
 
@@ -329,6 +339,7 @@ class RemoteCohort:
         engine = self._engine
         if plan.task == "train":
             await asyncio.to_thread(engine.forget, plan.job, plan.round)
+            plan = await asyncio.to_thread(engine.peers.addressed, plan, sites[0])
         num_bytes = sum(trees.num_bytes(tree) for tree in (plan.params, *plan.parts.values()))
         await asyncio.to_thread(engine.allow, plan.round, num_bytes, len(sites) if plan.task == "train" else 0)
         digest = await asyncio.to_thread(engine.publish, plan)
@@ -355,7 +366,7 @@ class RemoteCohort:
             return self._engine.kept(row.update)
         if row.state == "overdue":
             return Absence(row.site, "late", "came after the deadline")
-        return _absence(row)
+        return absence(row)
 
     def late(self, round: int) -> Sequence[Handle]:
         """Return the updates that came after their deadline and that ``round`` is to use."""
@@ -402,16 +413,8 @@ class RemoteLine:
         answers = engine.answers(plan.job, plan.round, phase, digests, sorted(letters), None, renewing)
         async with contextlib.aclosing(answers):
             async for row in answers:
-                found[row.site] = row.answer if row.state == "done" else _absence(row)
+                found[row.site] = row.answer if row.state == "done" else absence(row)
         return found
-
-
-def _absence(row: TaskRow) -> Absence:
-    """Return why there is no answer to a task."""
-    if not row.answer:
-        return Absence(row.site, "lost", "was not asked any more")
-    said = msgspec.json.decode(row.answer, type=Missing)
-    return Absence(row.site, said.kind, said.reason)
 
 
 class Kept(wire.Spooled):

@@ -37,6 +37,8 @@ from hansa.errors import AccessError, HansaError, JobError, StorageError, WireEr
 from hansa.pki.identity import Identity, Role
 from hansa.pki.kit import Kit
 from hansa.pki.roles import Permission, allowed
+from hansa.runs.carrier import INITIAL
+from hansa.runs.pieces import relays
 from hansa.runs.run import Run, describe
 from hansa.server import policy
 from hansa.server.blobs import Blobs
@@ -48,7 +50,8 @@ from hansa.server.settings import ServerSettings
 from hansa.server.store import JobRow, Store, TaskRow, check_quota
 from hansa.transport.messages import (
     INLINE_BYTES,
-    PHASES,
+    LETTERS,
+    MAIL,
     PROTOCOL,
     AbortJob,
     Agenda,
@@ -98,6 +101,9 @@ SWEEP_S = 3600.0
 
 REPEATS, REPEATED_BYTES = 4, 64 << 20
 """A bundle larger than the second may be so many times the bytes that travel: equal pieces travel once."""
+
+_PER_LISTED = 1 << 14
+"""A manifest takes a byte for at least so many of its file."""
 
 _SEEN_S = 10.0
 _REFUSED_S = 60.0
@@ -335,7 +341,7 @@ class Service:
         if row.state not in ("open", "late"):
             return row.job
         answers = (said.inline, said.upload, said.missing, said.inspected, said.letter)
-        told = (said.inspected is not None, said.letter is not None) == (row.kind == "inspect", row.kind in PHASES)
+        told = (said.inspected is not None, said.letter is not None) == (row.kind == "inspect", row.kind in LETTERS)
         if sum(item is not None for item in answers) != 1 or not (told or said.missing is not None):
             raise JobError("The answer is of another kind than was asked for.", job=row.job, site=site)
         if said.letter is not None:
@@ -348,6 +354,8 @@ class Service:
             self._store.answer(row.task, site, state, text)  # type: ignore[arg-type]
             self._metrics.answered("inspected" if said.missing is None else said.missing.kind)
             self._forget_uploads(row)
+            if said.missing is not None and said.missing.kind == "refused" and relays(self._jobs.job_of(row.job)):
+                self._store.audit(f"site/{site}", Role.SITE.value, row.kind, row.job, "refused", said.missing.reason)
             return row.job
         key = update_key(row.job, row.task, said.upload or "")
         path = self._blobs.path(key)
@@ -433,25 +441,38 @@ class Service:
         row = self._task(caller.name, offer.job, offer.task)
         if row.state not in ("open", "late"):
             return None
-        if row.kind != "train":
+        if row.kind not in ("train", "post"):
             raise JobError(f"A task to {row.kind} is answered in a message, not by a file.", job=row.job, site=row.site)
         path = self._blobs.path(update_key(row.job, row.task, offer.digest))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._forget_uploads(row, path)
         if path.exists():
             return None
-        plan = self._plan_path(row.job, row.plan)
-        try:
-            num_bytes, manifest_bytes = (item.stat().st_size for item in (plan, plan.with_suffix(".manifest")))
-        except OSError as error:
-            raise StorageError(f"Can't read the plan {plan.name}: {error.strerror}.", job=row.job) from error
+        num_bytes, manifest_bytes = self._implied(row)
         job = self._jobs.job_of(row.job)
         most = implied_bytes(num_bytes, encrypted=job.homomorphic_encryption is not None)
         if job.secret_sums is None:  # else it is wider than the model that it is of
             most = min(self._settings.max_model_bytes or most, most)
-        check = partial(self._check_update, row, path, num_bytes, most)
+        planned = 0 if row.kind == "post" else num_bytes
+        check = partial(self._check_update, row, path, planned, most)
         manifest = implied_bytes(manifest_bytes, encrypted=job.homomorphic_encryption is not None)
         return Destination(path, most, manifest, check=check, spares=self._spares(row.job))
+
+    def _implied(self, row: TaskRow) -> tuple[int, int]:
+        """Return how large the file is, and its manifest, that an answer's size is held against.
+
+        A plan has the model with it; where sites send it to each other, it is as large as the first one.
+
+        Raises:
+            StorageError: it can't be read.
+        """
+        post = row.kind == "post"
+        path = self._jobs.folder(row.job) / INITIAL if post else self._plan_path(row.job, row.plan)
+        try:
+            num_bytes = path.stat().st_size
+            return num_bytes, num_bytes // _PER_LISTED if post else path.with_suffix(".manifest").stat().st_size
+        except OSError as error:
+            raise StorageError(f"Can't read {path.name}: {error.strerror}.", job=row.job) from error
 
     def _spares(self, job: str) -> storage.Spares:
         return storage.Spares(self._jobs.folder(job) / "work" / storage.SPARES)
@@ -640,7 +661,9 @@ class Service:
             task = self._store.task(activity.task)
             if task is None or task.site != site or (job is not None and task.job != job.id):
                 continue
-            work = {"inspect": "checking", "train": "training", "evaluate": "evaluating"}.get(task.kind, "masking")
+            work = {"inspect": "checking", "train": "training", "evaluate": "evaluating"}.get(
+                task.kind, "handing on" if task.kind in MAIL else "masking"
+            )
             round = f", round {task.round}" if task.round else ""
             whose = "" if job is not None else f"{task.job}: "
             why = f" ({activity.why})" if activity.why else ""

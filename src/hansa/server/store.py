@@ -47,7 +47,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from hansa.core.ports import Phase
+from hansa.core.ports import MailPhase, Phase
 from hansa.errors import AccessError, JobError, MissingExtraError, StorageError, VersionError
 from hansa.runs.run import now
 from hansa.server import schema
@@ -55,7 +55,7 @@ from hansa.server.schema import audits, events, jobs, leavers, numbers, owner, s
 
 JobState = Literal["queued", "running", "finished", "failed", "aborted"]
 TaskState = Literal["open", "done", "missing", "late", "overdue", "replaced"]
-TaskKind = Literal["inspect", "train", "evaluate"] | Phase
+TaskKind = Literal["inspect", "train", "evaluate"] | Phase | MailPhase
 
 _MOVES: dict[JobState, tuple[JobState, ...]] = {
     "queued": ("failed", "aborted"),

@@ -16,7 +16,7 @@ from hansa import registry
 from hansa.core import wire
 from hansa.core.config import Job
 from hansa.core.fit import Trait
-from hansa.core.ports import Handle, Peers, Program, Reply, SecureLine, SiteReport
+from hansa.core.ports import SERVER, Handle, Peers, Program, Reply, SecureLine, SiteReport, topic
 from hansa.core.tree import Parts, Tree
 from hansa.core.values import Absence, Plan, Update
 from hansa.workers.memory import Mailboxes
@@ -157,10 +157,14 @@ class LocalPeers:
     def __init__(self, directory: Path) -> None:
         self._mail = Mailboxes(directory / "mail")
 
-    async def send(self, sender: str, recipient: str, topic: str, parts: Parts) -> None:
-        """Leave ``parts`` under ``topic`` in the mailbox of ``recipient``."""
-        await asyncio.to_thread(self._mail.put, recipient, topic, parts)
+    async def put(self, plan: Plan, parts: Parts) -> None:
+        """Let ``parts`` be the server's message."""
+        await asyncio.to_thread(self._mail.put, SERVER, topic(plan.job, SERVER), plan.round, parts)
 
-    async def receive(self, recipient: str, topic: str) -> Parts:
-        """Return what lies under ``topic`` in the mailbox of ``recipient``."""
-        return await asyncio.to_thread(self._mail.take, recipient, topic)
+    async def send(self, plan: Plan, sender: str, recipient: str) -> None:
+        """Put the message of ``sender`` into the mailbox of ``recipient``."""
+        await asyncio.to_thread(self._mail.send, sender, recipient, topic(plan.job, sender))
+
+    async def take(self, plan: Plan, sender: str) -> Parts:
+        """Return what ``sender`` has sent to the server."""
+        return await asyncio.to_thread(self._mail.take, SERVER, topic(plan.job, sender), plan.round)

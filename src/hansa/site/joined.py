@@ -4,6 +4,7 @@
     jobs/ID/bundle.zip  bundle.manifest  files/    what the submitter signed
     jobs/ID/plans/                 the last plan received; its unchanged pieces are not fetched again
     jobs/ID/outbox/                answers on their way
+    jobs/ID/mail/                  of messages between sites: this one's key, and what comes (`hansa.site.mail`)
     jobs/ID/spare/                 large files that are needed no more, for the next ones to be written over
     jobs/ID/work/                  what the site remembers from round to round, errors, ``sites.log``
     jobs/ID/attach                 where a process that the site's owner starts finds the job (recipe.attached)
@@ -22,6 +23,7 @@
 | another plan for a round that was answered; the signed job under another id | ``refused`` (`hansa.site.history`) |
 | the data's privacy budget does not allow the round | ``refused``, before it is trained (`hansa.site.budget`) |
 | a message of secure aggregation that the protocol refuses, or a job without it | ``refused``, with the reason |
+| a message of another site that is not what it should be (`hansa.site.mail`) | ``refused``, with the reason |
 | no task comes for ``IDLE_S`` | the worker ends; the next task starts another |
 | another job brought the same files | they are taken from its bundle instead of fetched |
 | a power cut spoils a plan, which is not synced, or its disk does | checked by its digest, and fetched again |
@@ -47,6 +49,7 @@ from hansa.core.config import Algorithm, Job
 from hansa.core.ports import KeyPhase, MaskPhase, Phase
 from hansa.core.values import Plan, Task, Update
 from hansa.errors import (
+    AccessError,
     ChecksumError,
     HansaError,
     PolicyError,
@@ -58,17 +61,20 @@ from hansa.homomorphic import protocol
 from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
+from hansa.runs.pieces import relays
 from hansa.secagg.agreement import number_of
 from hansa.secagg.protocol import MAX_BYTES, Terms, unpack
 from hansa.site import budget, policy
 from hansa.site.history import History
+from hansa.site.mail import Mail
 from hansa.site.outbox import Entry, Outbox, Outcome
 from hansa.site.settings import SiteSettings
 from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
 from hansa.transport.client import Connection
-from hansa.transport.messages import PHASES, Assignment, Inspected, Missing
+from hansa.transport.messages import MAIL, PHASES, Assignment, Inspected, Missing, Posting
 from hansa.transport.pieces import Manifest, describe
+from hansa.transport.protocol import decode
 from hansa.workers import homomorphic, messages, secure
 from hansa.workers.messages import Absent, Answered, DefectError, Inspect, Perform, Work
 from hansa.workers.runner import Course, terms_from, trace_name, trace_note
@@ -158,6 +164,8 @@ class JoinedJob:
             out = await whole(partial(self.outbox.begin, given.task))
             if given.kind in PHASES:
                 return await self._exchange(connection, job, given)
+            if given.kind in MAIL:
+                return await self._correspond(connection, job, given, out)
             plan = None if given.kind == "inspect" else await self._receive(connection, given, job)
             told("waiting")
             async with self._turn:
@@ -191,6 +199,8 @@ class JoinedJob:
             return self.outbox.finish(given.task, outcome)
         assert self._history is not None, "the job was joined"
         assert self._job is not None, "likewise"
+        if given.kind in MAIL:
+            return self.outbox.finish(given.task, outcome)
         if given.kind == "train" and budget.draws_noise(self._job):
             self.outbox.keep(given.task)  # before the note, which after a kill says that it is whole
         return self.outbox.finish(given.task, outcome, [self._history.note(given)])
@@ -252,6 +262,7 @@ class JoinedJob:
         """Return an admitted bundle's job as this site runs it, its files in place."""
         bundle = self._admitted(path)
         self._history = History(self._histories, bundle, self.id)
+        self._mail = Mail(self._directory, self._site, self._kit, self._history.digest, bundle.job)
         data = policy.trained_on(bundle.job)
         allowed = self._settings.privacy.budgets.get(data or "")
         if data is not None and allowed is not None:
@@ -309,6 +320,22 @@ class JoinedJob:
         except HansaError as error:
             raise PolicyError(error.message) from error
 
+    async def _correspond(self, connection: Connection, job: Job, given: Assignment, out: Path) -> Outcome:
+        """Tell where messages to this site go, or make its own one for a peer: as the agent, which has an identity."""
+        assert self._history is not None, "the job was joined"
+        if not relays(job) or given.course != job.name or given.round not in policy.rounds(job, given.course):
+            raise PolicyError("The server begins a message between sites that the signed job does not have.")
+        try:
+            if given.kind == "address":
+                return Outcome(letter=await whole(partial(self._mail.address, given.course, given.round)))
+            if given.round not in self._history.trained(given.course):
+                raise PolicyError(f"This site has not trained round {given.round} of {given.course!r}.")
+            posting = decode(Posting, await whole((await self._received(connection, given)).read_bytes))
+            await whole(partial(self._mail.post, given.course, given.round, posting, out))
+            return Outcome()
+        except AccessError as error:
+            raise PolicyError(error.message) from error
+
     async def _receive(self, connection: Connection, given: Assignment, job: Job) -> tuple[Path, Plan]:
         """Return the plan's file and the plan; a large one's tensors stay in the file.
 
@@ -322,7 +349,10 @@ class JoinedJob:
         except WireError as error:
             await self._check_disk(path, given)
             raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
-        policy.check_plan(plan, job, given)
+        policy.check_plan(plan, job, given, self._site)
+        if plan.sealed is not None:
+            coming = await whole(partial(self._mail.coming, plan))
+            await self._fetch(connection, plan.sealed, coming, [], durable=False)
         return path, plan
 
     async def _received(self, connection: Connection, given: Assignment) -> Path:
@@ -409,6 +439,11 @@ class JoinedJob:
         self._history.check(given, once=once)
         form = course_form(job, given.course, given.kind, self._site)
         await whole(partial(self._make_room, job, given, path, out))
+        if plan.outbox is not None:
+            try:
+                await whole(partial(self._mail.open, plan))
+            except AccessError as error:
+                raise PolicyError(error.message) from error
         if given.kind == "train" and job.privacy is not None:
             budget.check_turn(job, self._history.trained(given.course), given.round)
             await self._charge(job, given)
@@ -449,6 +484,8 @@ class JoinedJob:
         if given.kind == "train" and self._examples is not None and job.secret_sums is None:
             weight = (await whole(partial(wire.Spooled, out))).header.weight
             budget.check_examples(job, weight, self._examples)
+        if plan.outbox is not None:
+            await whole(partial(self._mail.made, plan))
         if given.kind == "train" and self._account is not None:
             if self._honest(job, given) != self._charged:
                 raise PolicyError("Another session of secure aggregation has begun. The update was not sent.")
@@ -583,7 +620,7 @@ def _is_whole(path: Path, given: Assignment) -> bool:
 def _check_announced(path: Path, given: Assignment) -> None:
     """Raise PolicyError, and leave no file, unless an inline file is that of its digest, which a site knows it by."""
     try:
-        if describe(path, None if given.kind in PHASES else wire.cuts(path)).digest == given.plan:
+        if describe(path, None if given.kind in PHASES | MAIL else wire.cuts(path)).digest == given.plan:
             return
     except WireError:  # no plan at all
         pass

@@ -25,6 +25,7 @@ code at a site (``signers``) can put anything into an update's numbers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,11 +36,13 @@ from hansa.bundle import Bundle, check_code, in_folder, localised_model
 from hansa.core import tree as trees
 from hansa.core import wire
 from hansa.core.config import Job, PrivacySection
+from hansa.core.ports import topic
 from hansa.core.tree import Layout
 from hansa.core.values import Header, Plan, Task
 from hansa.errors import HansaError, PolicyError, nearest
 from hansa.homomorphic.protocol import Terms as KeyTerms
 from hansa.privacy.plan import SLACK
+from hansa.runs.pieces import relays
 from hansa.secagg.protocol import Terms as MaskTerms
 from hansa.site.settings import DataPaths, Policy, SiteSettings
 from hansa.transport.messages import Assignment
@@ -55,6 +58,7 @@ ROUNDING = 1 + 2**-7
 """By how much a norm may exceed its bound: weights and half precision round after a filter has clipped."""
 
 _METRICS = 1000
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def decide(bundle: Bundle, site: str, settings: SiteSettings) -> None:
@@ -185,7 +189,7 @@ def check_session(proposed: MaskTerms | KeyTerms, job: Job, given: Assignment) -
         PolicyError: it is of another round, or of others than those sites.
     """
     number, judged = divmod(proposed.round, 2)
-    if number != given.round or number not in _rounds(job, given.course):
+    if number != given.round or number not in rounds(job, given.course):
         raise PolicyError(
             f"The server announced round {given.round} of {given.course!r}, and begins session {proposed.round} of "
             "secret sums, which is another's."
@@ -247,8 +251,8 @@ def check_size(num_bytes: int, most: int | None, what: str = "model") -> None:
         raise PolicyError(f"The {what} has {num_bytes:,} bytes; this site allows {most:,}.")
 
 
-def check_plan(plan: Plan, job: Job, given: Assignment) -> None:
-    """Raise PolicyError if a plan is not what it was announced as, or not of the job that was signed."""
+def check_plan(plan: Plan, job: Job, given: Assignment, site: str) -> None:
+    """Raise PolicyError if a plan to ``site`` is not what it was announced as, or not of the job that was signed."""
     found = (plan.job, plan.round, plan.task)
     if found != (given.course, given.round, given.kind):
         raise PolicyError(
@@ -257,15 +261,22 @@ def check_plan(plan: Plan, job: Job, given: Assignment) -> None:
         )
     if plan.seed != job.seed:
         raise PolicyError(f"The plan has the seed {plan.seed}; the job was signed with {job.seed}.")
-    if plan.round not in _rounds(job, plan.job):
+    if plan.round not in rounds(job, plan.job):
         raise PolicyError(
             f"The plan is of round {plan.round} of {plan.job[:100]!r}; the job was signed with {job.rounds} rounds."
         )
-    if plan.inbox is not None or plan.outbox is not None:
-        raise PolicyError("The plan hands the model from site to site; this site's worker knows no other site.")
+    mail = (plan.inbox, plan.outbox, plan.sealed)
+    if plan.task == "train" and plan.job == job.name and relays(job):
+        if plan.outbox != topic(plan.job, site):
+            raise PolicyError("The server asks for an update; by the signed job the model goes from site to site.")
+        if (plan.inbox is None) != (plan.sealed is None) or not _DIGEST.fullmatch(plan.sealed or "0" * 64):
+            raise PolicyError("The plan names a message of another site, and not the file that it comes in.")
+    elif mail != (None, None, None):
+        raise PolicyError("The plan hands the model from site to site, which the signed job does not.")
 
 
-def _rounds(job: Job, course: str) -> range:
+def rounds(job: Job, course: str) -> range:
+    """Return the numbers of a course's rounds."""
     return range(1) if course == "base" != job.name else range(1, job.rounds + 1)
 
 

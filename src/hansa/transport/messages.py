@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import msgspec
 
-from hansa.core.ports import Phase
+from hansa.core.ports import MailPhase, Phase
 
 PROTOCOL = 1
 """Both ends must speak the same; a release that changes a message's meaning raises it."""
@@ -32,6 +32,12 @@ MAX_RANGES = 1 << 14
 
 PHASES: frozenset[str] = frozenset(get_args(Phase))
 """The kinds of tasks that are messages of secure aggregation or homomorphic encryption."""
+
+MAIL: frozenset[str] = frozenset(get_args(MailPhase))
+"""The kinds of tasks that are about messages between sites."""
+
+LETTERS = PHASES | {"address"}
+"""The kinds of tasks that are answered by a letter."""
 
 MAX_ACTIVITIES = 1024
 """How many tasks one Report tells of."""
@@ -93,7 +99,8 @@ class Assignment(Message):
         job: the job's id at the server.
         bundle: the manifest of the job's signed bundle.
         kind: ``inspect`` is to check the job against site policy and data; ``train`` and ``evaluate`` carry a plan out;
-            one of ``PHASES`` answers a message of a secret sum.
+            one of ``PHASES`` answers a message of a secret sum; ``address`` asks for the address that a peer's message
+            is to be sealed for, ``post`` for this site's message, sealed (:class:`Posting`).
         course: the job's name, or that of one of its baselines.
         round: the round's number (0 for ``inspect``).
         plan: the manifest of the file with the plan, or with the message; empty for ``inspect``.
@@ -103,11 +110,23 @@ class Assignment(Message):
     task: Label
     job: Label
     bundle: Digest
-    kind: Literal["inspect", "train", "evaluate"] | Phase
+    kind: Literal["inspect", "train", "evaluate"] | Phase | MailPhase
     course: Label
     round: Count
     plan: str
     inline: bytes
+
+
+class Posting(Message):
+    """What a task to ``post`` says, as its plan: whom this site's message of the round is for.
+
+    Attributes:
+        recipient: a site; or the server, which gets the message as it is.
+        address: the site's, as :func:`hansa.pki.sealed.address` made it.
+    """
+
+    recipient: Label
+    address: Annotated[bytes, msgspec.Meta(max_length=1 << 17)]
 
 
 class Agenda(Message):
@@ -172,7 +191,7 @@ class Answer(Message):
         upload: the manifest of the update's file, which was uploaded before.
         missing: there is no update.
         inspected: the answer to ``inspect``.
-        letter: the answer to a message of a secret sum.
+        letter: the answer to a message of a secret sum, or this site's address.
     """
 
     reply: ClassVar[type[Message]] = Done

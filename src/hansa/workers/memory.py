@@ -11,6 +11,7 @@ import numpy as np
 
 from hansa.client.work import Memory
 from hansa.core import wire
+from hansa.core.storage import full, link
 from hansa.core.tree import Parts
 from hansa.errors import StorageError
 
@@ -128,28 +129,51 @@ class MemoryPacks:
 
 
 class Mailboxes:
-    """The peers' mailboxes of a simulation: a folder a recipient, a file a topic."""
+    """The mailboxes of the nodes on this machine: a folder a node, a file a topic.
+
+    Args:
+        directory: where the folders are.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def put(self, recipient: str, topic: str, parts: Parts) -> None:
-        """Leave ``parts`` under ``topic`` for ``recipient``."""
-        folder = self._directory / recipient
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{topic}.hansa"
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            wire.write(file, "mail", {}, parts)
-        temporary.replace(path)
+    def path(self, node: str, topic: str) -> Path:
+        """Return where the message under ``topic`` is, or would be, in the mailbox of ``node``."""
+        return self._directory / node / f"{topic}.hansa"
 
-    def take(self, recipient: str, topic: str) -> Parts:
-        """Return what lies under ``topic`` for ``recipient``.
+    def put(self, node: str, topic: str, round: int, parts: Parts) -> None:
+        """Leave ``parts`` under ``topic`` in the mailbox of ``node``, in place of an earlier round's.
 
         Raises:
-            StorageError: nothing does.
+            StorageError: the disk is full.
         """
-        path = self._directory / recipient / f"{topic}.hansa"
-        if not path.exists():
-            raise StorageError(f"Nothing lies under {topic!r} for {recipient!r}.")
-        return wire.open_parts(path)[1]
+        path = self.path(node, topic)
+        temporary = path.with_suffix(".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                wire.write(file, "mail", {"round": round}, parts)
+            temporary.replace(path)
+        except OSError as error:
+            raise full(temporary, error) from error
+
+    def send(self, sender: str, recipient: str, topic: str) -> None:
+        """Put the message under ``topic`` from one mailbox into another, both on this machine."""
+        path = self.path(recipient, topic)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        link(self.path(sender, topic), path)
+
+    def take(self, node: str, topic: str, round: int) -> Parts:
+        """Return what lies under ``topic`` in the mailbox of ``node``.
+
+        Raises:
+            StorageError: nothing of this round does.
+        """
+        path = self.path(node, topic)
+        if path.exists():
+            envelope, parts = wire.open_parts(path)
+            if (envelope.kind, envelope.meta.get("round")) == ("mail", round):
+                return parts
+        raise StorageError(f"Nothing of round {round} lies under {topic!r} for {node!r}.")

@@ -24,7 +24,7 @@ from hansa.core.config import (
 )
 from hansa.core.filter import Filter
 from hansa.core.fit import Trait
-from hansa.core.ports import SERVER, Phase, Program, topic
+from hansa.core.ports import SERVER, Phase, Program
 from hansa.core.strategy import Strategy
 from hansa.core.values import Absence, Plan, Task, Update
 from hansa.errors import HansaError
@@ -221,14 +221,14 @@ class SiteRunner:
     def _run(self, course: Course, plan: Plan, site: str) -> Update:
         strategy, filters = self._pieces_of(course)
         if plan.inbox is not None:
-            plan = replace(plan, params=self._mail.take(site, plan.inbox)["params"])
+            plan = replace(plan, params=self._mail.take(site, plan.inbox, plan.round)["params"])
         accepted = plan.acknowledged.get(site)
         memory = self._memory.load(course.name, site, accepted) if plan.task == "train" else {}
         update, memory, params = perform(self.program, strategy, filters, plan, site, memory)
         if plan.task == "train":
             self._memory.save(course.name, site, plan.round, memory, accepted)
         if plan.outbox is not None:
-            self._mail.put(plan.outbox, topic(plan.job, site), {"params": params})
+            self._mail.put(site, plan.outbox, plan.round, {"params": params})
             update = replace(update, parts={})
         if course.secure is not None:
             return self.secure.masked(course, update, plan.task)

@@ -2,12 +2,18 @@
 """Cyclic weight transfer: Chang et al. 2018, "Distributed deep learning networks among institutions for medical
 imaging", JAMIA 25(8). The model goes from site to site through their mailboxes; the server only says whose turn
 it is, and receives the model at the end of each round.
+
+| case | result |
+|---|---|
+| a site can't be reached, refuses, or fails in its turn | left out; the next one goes on from the last message |
+| a site is lost before it has handed its message on | its turn is undone, and named; the message before it is used |
+| nobody's message is left, or fewer than the quorum's | QuorumError, before the server is sent any model |
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,16 +55,22 @@ async def cyclic(
         begun = time.perf_counter()
         asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
         plan = Plan(job.name, number, "train", now.model.version, {}, seed=job.seed)
-        turn = await _turns(cohort, peers, plan, asked, now)
-        needed = wanted(job.cohort.quorum, len(asked))
-        if len(turn.accepted) < needed:
-            reasons = "; ".join(f"{a.site}: {a.reason}" for a in turn.absent)
-            raise QuorumError(
-                f"{len(turn.accepted)} of {len(asked)} sites took their turn, the quorum is {needed} ({reasons}).",
-                job=job.name,
-                round=number,
-            )
-        params = (await peers.receive(SERVER, turn.inbox))["params"]
+        await peers.put(plan, {"params": now.model.native()})
+        turn = _Turns(cohort, peers, plan)
+        for site in asked:
+            await turn.give(site)
+        while True:
+            needed = wanted(job.cohort.quorum, len(asked))
+            if len(turn.accepted) < needed:
+                reasons = "; ".join(f"{a.site}: {a.reason}" for a in turn.absent)
+                raise QuorumError(
+                    f"{len(turn.accepted)} of {len(asked)} sites took their turn, the quorum is {needed} ({reasons}).",
+                    job=job.name,
+                    round=number,
+                )
+            if await turn.send(SERVER) is None:
+                break
+        params = (await peers.take(plan, turn.accepted[-1]))["params"]
         broken = trees.first_non_finite(params)
         if broken:
             raise NonFiniteError(f"Tensor {broken!r} is NaN or infinite.", job=job.name, round=number)
@@ -102,28 +114,44 @@ async def cyclic(
 
 @dataclass
 class _Turns:
-    inbox: str
+    """The turns of one round: whose is over, in order, and what they gave beside the model."""
+
+    cohort: Cohort
+    peers: Peers
+    plan: Plan
     accepted: list[str] = field(default_factory=list)
     absent: list[Absence] = field(default_factory=list)
     sums: dict[str, Mapping[str, float]] = field(default_factory=dict)
     logged: dict[str, Logged] = field(default_factory=dict)
 
-
-async def _turns(cohort: Cohort, peers: Peers, plan: Plan, asked: Sequence[str], now: Snapshot) -> _Turns:
-    """Let each site train in turn; the last message ends in the server's mailbox."""
-    turns = _Turns(topic(plan.job, SERVER))
-    route = [*asked, SERVER]
-    await peers.send(SERVER, route[0], turns.inbox, {"params": now.model.native()})
-    for site, following in zip(asked, route[1:], strict=True):
-        async for reply in cohort.ask(replace(plan, inbox=turns.inbox, outbox=following), [site]):
+    async def give(self, site: str) -> None:
+        """Let ``site`` train on from the last message; whatever fails, somebody is absent then."""
+        while (failed := await self.send(site)) is not None:
+            if failed.site == site:
+                return
+        inbox = topic(self.plan.job, self._last)
+        plan = replace(self.plan, inbox=inbox, outbox=topic(self.plan.job, site))
+        async for reply in self.cohort.ask(plan, [site]):
             if isinstance(reply, Absence):
-                turns.absent.append(reply)
-                await peers.send(site, following, turns.inbox, await peers.receive(site, turns.inbox))
+                self.absent.append(reply)
             else:
-                turns.accepted.append(site)
-                turns.sums[site] = reply.header.sums
+                self.accepted.append(site)
+                self.sums[site] = reply.header.sums
                 if reply.header.logged:
-                    turns.logged[site] = reply.header.logged
-                turns.inbox = topic(plan.job, site)
+                    self.logged[site] = reply.header.logged
                 reply.release()
-    return turns
+
+    async def send(self, recipient: str) -> Absence | None:
+        """Have the last message brought to ``recipient``; whoever it fails for is absent, his turn undone."""
+        failed = await self.peers.send(self.plan, self._last, recipient)
+        if failed is not None:
+            self.absent.append(failed)
+            if failed.site == self._last:
+                self.accepted.pop()
+                self.sums.pop(failed.site)
+                self.logged.pop(failed.site, None)
+        return failed
+
+    @property
+    def _last(self) -> str:
+        return self.accepted[-1] if self.accepted else SERVER
