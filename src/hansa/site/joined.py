@@ -352,7 +352,7 @@ class JoinedJob:
         policy.check_plan(plan, job, given, self._site)
         if plan.sealed is not None:
             coming = await whole(partial(self._mail.coming, plan))
-            await self._fetch(connection, plan.sealed, coming, [], durable=False)
+            await self._fetch(connection, plan.sealed, coming, [], self._settings.policy.max_model_bytes, durable=False)
         return path, plan
 
     async def _received(self, connection: Connection, given: Assignment) -> Path:
