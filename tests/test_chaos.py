@@ -46,8 +46,8 @@ NO_ROOM = re.compile(r"tried again: .*(?:No space left|needs up to)")
 pytestmark = pytest.mark.timeout(400)
 
 
-def job_at(folder: Path) -> Job:
-    """SCAFFOLD over quadratics of 3 MB, which remembers rounds at the sites; updates travel in pieces."""
+def job_at(folder: Path, workflow: str = "scatter-gather") -> Job:
+    """Quadratics of 3 MB, so updates travel in pieces: by SCAFFOLD, which remembers rounds, or from site to site."""
     values = {
         "name": "storm",
         "rounds": 8,
@@ -58,7 +58,8 @@ def job_at(folder: Path) -> Job:
             "trained": str(folder / "trained.txt"),
         },
         "train": {"optimizer": "sgd"},
-        "strategy": "scaffold",
+        "workflow": workflow,
+        "strategy": "fedavg" if workflow == "cyclic" else "scaffold",
         "cohort": {"quorum": 1.0},
         "baselines": {"base": False, "local": False},
         "output": {"dir": str(folder / "runs"), "keep": 1},
@@ -202,7 +203,11 @@ def finished(federation: Lab, id: str, storm: Storm) -> str:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_disturbed_job_ends_with_the_bits_of_an_undisturbed_one(seed, tmp_path, undisturbed):
+    """Every third seed has the model go from site to site."""
     job = job_at(tmp_path)
+    if seed % 3 == 0:
+        job = job_at(tmp_path, "cyclic")
+        undisturbed = run(job_at(tmp_path / "calm", "cyclic")).report["model"]["sha256"]
     settings = {"lease_s": 60.0, "stall_s": STALL_S}
     with small_disk(tmp_path / "disk") as disk:
         root = (disk or tmp_path) / "lab"

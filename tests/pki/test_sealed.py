@@ -145,7 +145,8 @@ def test_an_altered_body_is_refused(message, change):
     message.refused(WireError, "altered on its way")
 
 
-def test_every_byte_of_the_head_counts(message):
+def test_every_byte_of_the_head_counts(tmp_path, who):
+    message = Sealed(tmp_path, who, MARK)
     with message.path.open("rb") as file:
         size = wire.read_update(file).parts["head"]["head"].size
     for at in range(size):

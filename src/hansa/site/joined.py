@@ -351,8 +351,8 @@ class JoinedJob:
             raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
         policy.check_plan(plan, job, given, self._site)
         if plan.sealed is not None:
-            coming = await whole(partial(self._mail.coming, plan))
-            await self._fetch(connection, plan.sealed, coming, [], self._settings.policy.max_model_bytes, durable=False)
+            coming, most = await whole(partial(self._mail.coming, plan)), self._settings.policy.max_model_bytes
+            await self._fetch(connection, plan.sealed, coming, [], most, durable=False)
         return path, plan
 
     async def _received(self, connection: Connection, given: Assignment) -> Path:
