@@ -53,10 +53,11 @@ def test_the_model_is_that_of_the_plain_sum(tmp_path, engine, strategy):
         assert mine["site_metrics"] == {}
 
 
-@pytest.mark.parametrize("engine", ["local", "processes"])
-def test_an_adapter_is_tuned_as_without(tmp_path, engine):
-    """A small language model's LoRA, three sites: sums are off by 3 · 1e-7 / 2, and over a weight above 0.3."""
-    texts = {site: rows(tmp_path / f"{site}.jsonl", [{"text": f"ships of {site} sail. " * 4}] * 6) for site in "abc"}
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A small language model's LoRA at three sites, as a job's values, and the run that sums in the open."""
+    folder = tmp_path_factory.mktemp("tuned")
+    texts = {site: rows(folder / f"{site}.jsonl", [{"text": f"ships of {site} sail. " * 4}] * 6) for site in "abc"}
     common = {
         "name": "lora",
         "rounds": 1,
@@ -64,14 +65,18 @@ def test_an_adapter_is_tuned_as_without(tmp_path, engine):
         "model": {**LLAMA, "adapter": {"method": "lora", "r": 4}},
         "data": {"train": texts},
         "train": {"optimizer": "sgd", "lr": 0.5, "steps": 2, "batch_size": 2},
-        "engine": {"name": engine},
         "baselines": {"base": False, "local": False},
     }
-    plain = run(config.parse({**common, "output": {"dir": str(tmp_path / "plain")}}))
+    return common, run(config.parse({**common, "output": {"dir": str(folder)}}))
+
+
+@pytest.mark.parametrize("engine", ["local", "processes"])
+def test_an_adapter_is_tuned_as_without(tmp_path, tuned, engine):
+    """Sums of three are off by 3 · 1e-7 / 2, and over a weight above 0.3."""
+    common, plain = tuned
     section = {"metrics": {"loss_sum": 1e6, "tokens": 1e6}, "range": 1.0, "step": 1e-7}
-    hidden = run(
-        config.parse({**common, "output": {"dir": str(tmp_path / "hidden")}, "homomorphic_encryption": section})
-    )
+    more = {"engine": {"name": engine}, "output": {"dir": str(tmp_path)}, "homomorphic_encryption": section}
+    hidden = run(config.parse({**common, **more}))
     params, others = (
         {name: np.asarray(leaf) for name, leaf in leaves(loaded(done).model.params).items()} for done in (plain, hidden)
     )
@@ -156,11 +161,10 @@ def test_a_key_site_that_loses_its_folder_is_named_and_the_resumed_run_has_other
     assert np.array_equal(final(done), final(run(job(tmp_path / "calm", **values))))
 
 
-@pytest.mark.parametrize("engine", ["local", "processes"])
-def test_a_key_site_that_is_not_drawn_opens_the_sum_all_the_same(tmp_path, engine):
+def test_a_key_site_that_is_not_drawn_opens_the_sum_all_the_same(tmp_path):
     """It takes part in every sum's protocol, and trains only when it is drawn."""
     trained = tmp_path / "trained.txt"
-    values = {"rounds": 3, "cohort": {"sample": 3, "quorum": 3}, "engine": {"name": engine}}
+    values = {"rounds": 3, "cohort": {"sample": 3, "quorum": 3}}
     section = {"metrics": {}, "key_site": "s02"}
     done = run(job(tmp_path / "hidden", homomorphic_encryption=section, recipe={"trained": str(trained)}, **values))
     plain = run(job(tmp_path / "plain", encrypted=False, **values))
