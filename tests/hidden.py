@@ -27,12 +27,17 @@ def weights(folder: Path) -> np.ndarray:
     return load_tree(folder / "model" / "model.safetensors")["w"]
 
 
+async def simulated(job: Job) -> np.ndarray:
+    """Return what a simulation of a job trains."""
+    return weights((await asyncio.to_thread(run, job)).directory)
+
+
 async def equals_a_simulation(federation: Loopback, view: JobView, job: Job, within: float = 0.0) -> None:
     """Check that a job finished with a simulation's model: the same bits, or ``within`` of it."""
     assert view.line.state == "finished", view.line.error
     found = weights(federation.made.server / "jobs" / view.line.job)
-    simulated = weights((await asyncio.to_thread(run, job)).directory)
-    assert np.array_equal(found, simulated) if not within else np.abs(found - simulated).max() < within
+    expected = await simulated(job)
+    assert np.array_equal(found, expected) if not within else np.abs(found - expected).max() < within
 
 
 async def attended(federation: Loopback, **rules: object) -> None:

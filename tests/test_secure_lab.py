@@ -14,12 +14,12 @@ import msgspec
 import numpy as np
 import pytest
 
+import hidden
 import phases
 import toys
 from federations import Loopback, loopback
-from hansa.core.config import OutputSection
+from hansa.core.config import Job, OutputSection
 from hansa.core.ports import MaskPhase
-from hansa.core.storage import load_tree
 from hansa.errors import AccessError
 from hansa.lab import lab
 from hansa.pki.kit import Kit
@@ -32,9 +32,8 @@ from hansa.simulation.run import run
 from hansa.site import joined
 from hansa.workers.runner import Course, SiteRunner
 from hansa.workflows.secure import bounds_of
+from hidden import METRICS, SITES, attended, meddling, weights
 
-SITES = ("s00", "s01", "s02", "s03")
-METRICS = {"loss_sum": 1e6, "examples": 1e6}
 PHASES = get_args(MaskPhase)
 
 pytestmark = pytest.mark.timeout(120)
@@ -49,35 +48,13 @@ def job(**values):
     return toys.job(recipe=recipe, **{**defaults, **values})
 
 
-def weights(folder: Path) -> np.ndarray:
-    return load_tree(folder / "model" / "model.safetensors")["w"]
-
-
-async def simulated(tmp_path: Path, **values) -> np.ndarray:
-    asked = job(output={"dir": str(tmp_path / "simulated")}, **values)
-    return weights((await asyncio.to_thread(run, asked)).directory)
+def calm(tmp_path: Path, **values) -> Job:
+    """Return the same job for a simulation."""
+    return job(output={"dir": str(tmp_path / "simulated")}, **values)
 
 
 async def equals_a_simulation(tmp_path: Path, federation: Loopback, view, **values) -> None:
-    assert view.line.state == "finished", view.line.error
-    found = weights(federation.made.server / "jobs" / view.line.job)
-    assert np.abs(found - await simulated(tmp_path, **values)).max() < 1e-7
-
-
-async def attended(federation: Loopback, **rules) -> None:
-    for site in SITES:
-        federation.write(site, recipes=["toys:many"], **rules)
-    await asyncio.gather(*map(federation.start, SITES))
-
-
-def meddling(monkeypatch, change) -> None:
-    """Have the server send ``change(phase, letters)`` in place of its letters."""
-    exchange = remote.RemoteLine.exchange
-
-    async def changed(self, plan, phase, letters):
-        return await exchange(self, plan, phase, change(phase, letters))
-
-    monkeypatch.setattr(remote.RemoteLine, "exchange", changed)
+    await hidden.equals_a_simulation(federation, view, calm(tmp_path, **values), within=1e-7)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
@@ -136,7 +113,7 @@ async def test_messages_that_are_too_large_to_go_with_an_agenda(tmp_path, monkey
         found = weights(federation.made.server / "jobs" / view.line.job)
     assert largest["share"] > 4_000
     assert min(largest.values()) > 50
-    assert np.array_equal(found, await simulated(tmp_path))
+    assert np.array_equal(found, await hidden.simulated(calm(tmp_path)))
 
 
 async def test_a_site_that_is_gone_after_it_dealt_shares_is_recovered(tmp_path, monkeypatch):
