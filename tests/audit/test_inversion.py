@@ -94,7 +94,8 @@ def without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_encryption(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have numbers stand in the last words of a ciphertext as they are."""
+    """Have numbers stand in the last words of a ciphertext as they are, without the masks inside."""
+    without_masks(monkeypatch)
     prime, sizes = ckks.PRIMES[0], set()
 
     def encrypt(_self: Any, values: Any) -> Any:
