@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hansa.core import wire
 from hansa.core.storage import Spares
+from hansa.core.values import Update
 from hansa.errors import StorageError
 from hansa.site.outbox import Entry, Outbox, Outcome
 from hansa.transport.messages import Missing
@@ -136,3 +138,49 @@ def test_an_answer_that_a_disk_has_damaged(folder):
     (folder / "t.msgpack").write_bytes(b"\xc1")
     with pytest.raises(StorageError, match="can't be read"):
         outbox.find("t")
+
+
+@pytest.mark.parametrize("outcome", [Outcome(), LOST])
+def test_an_answer_whose_folder_was_not_synced_is_none_until_it_is(folder, monkeypatch, outcome):
+    """It has its name already, which a power cut could still take: a retry and a restart sync the folder first."""
+    outbox = opened(folder)
+    outbox.begin("t").write_bytes(b"update")
+    number, fsync, failing, synced = folder.stat().st_ino, os.fsync, True, []
+
+    def failed(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == number:
+            if failing:
+                raise OSError(errno.EIO, "the disk failed")
+            synced.append(number)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failed)
+    with pytest.raises(StorageError, match="the disk failed"):
+        outbox.finish("t", outcome)
+    assert len(names(folder)) == 1
+    for again in (outbox, opened(folder)):
+        failing = True
+        with pytest.raises(StorageError, match="the disk failed"):
+            again.find("t")
+        failing = False
+        assert again.find("t").outcome == again.find("t").outcome == outcome
+    assert len(synced) == 2, "once each"
+
+
+def test_what_is_no_answer_of_this_release_is_named_in_the_log(folder, caplog):
+    outbox = opened(folder)
+    wire.spool(Update("s", 1, 0, {}, 1.0, {}), outbox.begin("sound"))
+    outbox.finish("sound", Outcome())
+    outbox.finish("said", LOST)
+    opened(folder)
+    assert not caplog.records
+    (folder / "old.json").write_bytes(b"{}")
+    (folder / "damaged.msgpack").write_bytes(b"\xc1")
+    data = bytearray((folder / "sound.hansa").read_bytes())
+    data[6] += 1  # the format's version
+    (folder / "foreign.hansa").write_bytes(data)
+    outbox = opened(folder)
+    told = {record.args[0].name: record.getMessage() for record in caplog.records}
+    assert told.keys() == {"old.json", "damaged.msgpack", "foreign.hansa"}
+    assert "wire format 4" in told["foreign.hansa"]
+    assert names(folder) >= told.keys(), "they are named, not deleted"

@@ -6,22 +6,30 @@
     outbox/.TASK.hansa     an update that is being made, or that was when the agent was killed
 
 A file appears by one rename after it is durable, and goes when the server has acknowledged the answer.
+
+| case | result |
+|---|---|
+| the folder can't be synced after the rename, or the agent is killed just then | synced before the answer is found |
+| a file of another name, an answer or update of another release, a damaged one | named in the log, and left |
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from hansa.core import storage
-from hansa.errors import StorageError
+from hansa.core import storage, wire
+from hansa.errors import HansaError, StorageError, WireError
 from hansa.transport.messages import Inspected, Missing
 
 _ANSWER, _UPDATE = ".msgpack", ".hansa"
+
+_LOG = logging.getLogger("hansa.site")
 
 
 class Outcome(msgspec.Struct):
@@ -54,22 +62,44 @@ class Outbox:
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.glob(f".*{_ANSWER}*"):  # what was being written when the agent was killed
             path.unlink()
+        self._unsynced: set[str] = set()  # tasks whose answers have their name, but perhaps not for good
+        for path in sorted(directory.glob("[!.]*")):
+            self._unsynced.add(path.stem)
+            try:
+                if path.suffix not in (_ANSWER, _UPDATE):
+                    raise WireError("The name is that of none.")
+                self._read(path)
+            except HansaError as error:
+                _LOG.warning("%s is no answer of this release: %s It is left there.", path, error.message)
+
+    @staticmethod
+    def _read(path: Path) -> Outcome:
+        """Return what became of a task (HansaError: it can't be told)."""
+        if path.suffix == _UPDATE:
+            wire.Spooled(path)
+            return Outcome()
+        try:
+            return msgspec.msgpack.decode(path.read_bytes(), type=Outcome)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise StorageError(f"The finished answer in {path} can't be read: {error}.") from error
 
     def find(self, task: str) -> Entry | None:
         """Return the finished answer to ``task``, if there is one.
 
         Raises:
-            StorageError: it is there and can't be read.
+            StorageError: it is there and can't be read, or not be made durable.
         """
         update, answer = self._directory / f"{task}{_UPDATE}", self._directory / f"{task}{_ANSWER}"
-        if update.exists():
-            return Entry(Outcome(), update)
-        try:
-            return Entry(msgspec.msgpack.decode(answer.read_bytes(), type=Outcome), None)
-        except FileNotFoundError:
+        found = next((path for path in (update, answer) if path.exists()), None)
+        if found is None:
             return None
-        except (OSError, msgspec.MsgspecError) as error:
-            raise StorageError(f"The finished answer in {answer} can't be read: {error}.") from error
+        if task in self._unsynced:
+            try:
+                storage.sync_directory(self._directory)
+            except OSError as error:
+                raise storage.full(found, error) from error
+            self._unsynced.discard(task)
+        return Entry(Outcome(), update) if found == update else Entry(self._read(answer), None)
 
     def begin(self, task: str) -> Path:
         """Return where an update that answers ``task`` is to be made; nothing is there.
@@ -116,17 +146,22 @@ class Outbox:
         try:
             if outcome == Outcome():
                 storage.sync([made, *notes])
+                self._unsynced.add(task)
                 made.rename(update)
                 storage.sync_directory(self._directory)
+                self._unsynced.discard(task)
                 return Entry(outcome, update)
             made.unlink(missing_ok=True)  # half an update, or a spare file
         except OSError as error:
             raise storage.full(update, error) from error
+        self._unsynced.add(task)
         storage.write_atomic(self._directory / f"{task}{_ANSWER}", msgspec.msgpack.encode(outcome))
+        self._unsynced.discard(task)
         return Entry(outcome, None)
 
     def acknowledged(self, task: str) -> None:
         """Forget the answer: it is durable at the server, or nobody waits for it."""
+        self._unsynced.discard(task)
         with contextlib.suppress(OSError):
             self._spares.give(self._directory / f"{task}{_UPDATE}")
             for name in (f"{task}{_ANSWER}", f".{task}{_UPDATE}"):
