@@ -159,9 +159,9 @@ class JoinedJob:
         try:
             told("receiving")
             job = await self._join(connection, given)
-            if await whole(partial(self._is_drawn, job, given)):
+            if given.kind == "train" and budget.draws_noise(job) and self._is_made(given):
                 return Outcome()
-            out = await whole(partial(self.outbox.begin, given.task))
+            out = self.outbox.begin(given.task)
             if given.kind in PHASES:
                 return await self._exchange(connection, job, given)
             if given.kind in MAIL:
@@ -205,14 +205,13 @@ class JoinedJob:
             self.outbox.keep(given.task)  # before the note, which after a kill says that it is whole
         return self.outbox.finish(given.task, outcome, [self._history.note(given)])
 
-    def _is_drawn(self, job: Job, given: Assignment) -> bool:
+    def _is_made(self, given: Assignment) -> bool:
         """Say whether an update with noise of its own was made for this task, and the agent killed before it answered.
 
         It has been checked and noted, and its round is charged: it is sent as it is.
         """
         assert self._history is not None, "the job was joined"
-        drawn = given.kind == "train" and budget.draws_noise(job)
-        return drawn and self._history.has(given) and self.outbox.kept(given.task)
+        return self._history.has(given) and self.outbox.kept(given.task)
 
     async def _join(self, connection: Connection, given: Assignment) -> Job:
         """Return the job as this site runs it, its bundle checked by the roster and settings of now."""
