@@ -47,7 +47,9 @@ def test_members_of_an_overfitted_model_are_told(overfitted: tuple[Subject, Shad
     assert finding.verdict == "leaks"
     assert found.epsilon is None
     picture = finding.pictures[0]
-    assert "<svg" in plots.svg("p", picture.title, picture.draw, picture.height)
+    drawn = plots.svg("p", picture.title, picture.draw, picture.height)
+    assert ">0.1<" in drawn
+    assert "mathdefault" not in drawn, "numbers are numbers, not TeX"
 
 
 def test_coins_that_were_not_thrown_are_not_guessed(overfitted: tuple[Subject, Shadows, Finding]) -> None:

@@ -284,7 +284,7 @@ def job(folder: Path, **more: Any) -> Any:
     ("engine", "strategy"), [("local", "fedavg"), ("local", "fedprox"), ("local", "scaffold"), ("processes", "fedavg")]
 )
 def test_a_federation_trains_under_it_and_tells_no_training_metrics(tmp_path: Path, engine: str, strategy: str) -> None:
-    finished = run(job(tmp_path, strategy=strategy, engine={"name": engine, "workers": 2}))
+    finished = run(job(tmp_path, strategy=strategy, engine={"name": engine, "workers": 1}))
     report = json.loads((finished.directory / "report.json").read_text())
     assert len(report["rounds"]) == 3
     for record in report["rounds"]:

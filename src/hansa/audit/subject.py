@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from hansa import registry
 from hansa.core import config, settle
 from hansa.core.config import Job
 from hansa.core.filter import Filter
-from hansa.core.ports import Cohort, Handle, Program, Reply, SecureLine, SiteReport
+from hansa.core.ports import Cohort, Program, Reply, SiteReport
 from hansa.core.strategy import Notes, Strategy
 from hansa.core.tree import Array, Parts, Tree
 from hansa.core.values import Aggregate, Model, Plan, RoundRecord, Snapshot, Update
@@ -41,7 +41,7 @@ from hansa.privacy.plan import PrivacyPlan, Terms, terms_of_job
 from hansa.runs.carrier import promise, refusal
 from hansa.runs.masking import settled
 from hansa.runs.pieces import check, workflow_of
-from hansa.runs.progress import Progress, Silent
+from hansa.runs.progress import Progress, Silent, Watched
 from hansa.runs.run import Run
 from hansa.simulation.local import Local
 from hansa.sinks.checkpoint import Checkpoints
@@ -258,7 +258,7 @@ class _Watch:
         async with Local(self._job, folder, self._program) as engine:
             cohort: Cohort = engine.cohort(course)
             if self._seen is not None:
-                cohort = _Watched(cohort, self._seen)
+                cohort = Watched(cohort, _Shown(self._seen))
             start = Snapshot(0, *settle.start(strategy, self._params, folder))
             model = start.model
             rounds = workflow_of(self._job).rounds(self._job, strategy, cohort, engine.peers, start, folder)
@@ -283,29 +283,12 @@ class _Watch:
         return replace(strategy, step=step)
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """A cohort whose updates are shown as they come."""
+class _Shown(Silent):
+    """Shows each update of training, as it comes."""
 
-    cohort: Cohort
-    seen: Callable[[Update], None]
+    def __init__(self, seen: Callable[[Update], None]) -> None:
+        self._seen = seen
 
-    @property
-    def sites(self) -> Sequence[str]:
-        return self.cohort.sites
-
-    async def ask(self, plan: Plan, sites: Sequence[str]) -> AsyncIterator[Reply]:
-        async for reply in self.cohort.ask(plan, sites):
-            if isinstance(reply, Update) and plan.task == "train":
-                self.seen(reply)
-            yield reply
-
-    def late(self, round: int) -> Sequence[Handle]:
-        return self.cohort.late(round)
-
-    @property
-    def secure(self) -> SecureLine | None:
-        return self.cohort.secure
-
-    async def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return await self.cohort.summarise(sums)
+    def reply(self, plan: Plan, reply: Reply) -> None:
+        if isinstance(reply, Update) and plan.task == "train":
+            self._seen(reply)

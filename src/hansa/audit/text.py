@@ -515,4 +515,6 @@ def _read(reader: Reader, found: Found) -> str:
 
 def _shown(reader: Reader, ids: NDArray[np.int64]) -> str:
     text: str = reader.processor.decode(ids.tolist())
-    return "".join(letter if letter.isprintable() else "·" for letter in text)[:WIDTH]
+    return "".join(
+        letter if letter.isprintable() and letter != "\N{REPLACEMENT CHARACTER}" else "·" for letter in text
+    )[:WIDTH]
