@@ -535,7 +535,18 @@ if __name__ == "__main__":
 """
 
 
-UNPREPARED = "model, optimizer, DataLoader(data, batch_size=5)"
+UNPREPARED = """
+import numpy as np
+import hansa.client as flare
+
+def make():
+    return {"w": np.zeros(3, np.float32)}
+
+if __name__ == "__main__":
+    flare.init()
+    while flare.is_running():
+        flare.send(flare.FLModel(params_type=flare.ParamsType.FULL, params=flare.receive().params))
+"""
 
 
 @contextlib.asynccontextmanager
@@ -572,10 +583,9 @@ async def test_a_script_under_dp_sgd_is_charged_by_what_its_job_says_of_its_data
         assert (entry.unit, entry.release) == ("example", Release(4.0, 0.1, 10))
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-async def test_a_process_of_the_owners_own_under_dp_sgd(tmp_path, prepared):
+@pytest.mark.parametrize("script", [SCRIPT, UNPREPARED], ids=["prepared", "unprepared"])
+async def test_a_process_of_the_owners_own_under_dp_sgd(tmp_path, script):
     """Charged like any other; without the prepared steps nothing is sent, and why is told to the owner alone."""
-    script = SCRIPT if prepared else SCRIPT.replace("flare.prepare(model, optimizer, DataLoader(data))", UNPREPARED)
     async with at_a_clinic(tmp_path, script, attached=True) as (lab, asked), lab.lead() as lead:
         id = await lead.submit(asked)
         await until(lambda: (lab.site("s0") / "work" / "jobs" / id / "files" / "train.py").exists())
@@ -592,7 +602,7 @@ async def test_a_process_of_the_owners_own_under_dp_sgd(tmp_path, prepared):
             await ours.wait()
         (entry,) = kept(lab).entries
         assert (entry.unit, entry.release) == ("example", Release(4.0, 0.1, 10))
-        if prepared:
+        if script == SCRIPT:
             assert view.line.state == "finished", view.line.error
             assert "train_loss" not in view.records[0]["metrics"]
         else:
