@@ -490,8 +490,8 @@ async def test_an_inline_plan_is_the_one_that_was_announced(federation, monkeypa
     """A site remembers plans by their digests, so a server may not call two by one."""
     agenda = Service._agenda
 
-    def swapping(self, site, have):
-        told = agenda(self, site, have)
+    def swapping(self, site, have, open):
+        told = agenda(self, site, have, open)
         for given in told.assignments:
             if given.kind == "train" and site == "s1":
                 plan = wire.read_plan(io.BytesIO(given.inline))

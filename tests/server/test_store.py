@@ -6,11 +6,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from hansa.errors import AccessError, JobError
-from hansa.server.store import LATE_ROUNDS, Store
+from hansa.server.store import LATE_ROUNDS, Said, Store
 
 PLAN = "a" * 64
 OTHER = "b" * 64
@@ -219,6 +220,18 @@ def test_the_first_answer_stands(store: Store) -> None:
     ]
 
 
+def test_answers_at_once_are_taken_all_or_none(store: Store) -> None:
+    running(store)
+    tasks = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])
+    first, second = (Said(tasks[site].task, site, "done", b"", f"up/{site}") for site in "ab")
+    with pytest.raises(KeyError):
+        store.answers([first, replace(second, state="unheard of")])  # type: ignore[arg-type]
+    assert store.agenda("a", "b") == list(tasks.values())
+    assert store.answers([first, second, replace(first, update="up/other")]) == [True, True, False]
+    assert [row.update for row in store.tasks("j1")] == ["up/a", "up/b"]
+    assert store.agenda("a", "b") == store.answers([]) == []
+
+
 def test_only_who_was_asked_can_answer(store: Store) -> None:
     running(store)
     task = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])["a"].task
@@ -284,8 +297,8 @@ def test_a_site_that_leaves_is_not_asked_any_more(store: Store) -> None:
     store.leave("j1", "a", b"bye")
     store.leave("j1", "b", b"bye")
     store.leave("j1", "b", b"bye again")
-    assert store.unfinished("a") == store.unfinished("b") == []
-    assert [job.id for job in store.unfinished("c")] == ["j1"]
+    found = store.unfinished("a", "b", "c")
+    assert {site: [job.id for job in rows] for site, rows in found.items()} == {"a": [], "b": [], "c": ["j1"]}
     assert store.agenda("b") == []
     assert not store.answer(tasks["b"].task, "b", "done", b"", "up/2")
     now = store.open_tasks("j1", "demo", 1, "train", PLAN, ["a", "b"])

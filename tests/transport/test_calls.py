@@ -228,6 +228,24 @@ async def test_revocation_ends_calls_and_live_streams(federation: Federation, di
         await depot.closed.wait()
 
 
+async def test_who_is_revoked_hears_nothing_more(
+    federation: Federation, dial: Dial, depot: Depot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even until the patrol comes by: a ring may tell as much as a reply."""
+    monkeypatch.setattr("hansa.transport.server.PATROL_S", 1000.0)
+    unwatched = await serve(depot, federation.server, "127.0.0.1", 0)
+    async with dial(port=unwatched.port) as connection:
+        bell = connection.attend(Attend(1, "0.1"))
+        depot.bell.put_nowait(1)
+        await anext(bell)
+        federation.authority.revoke("site/riga", "its key was copied")
+        federation.tell(federation.server)
+        depot.bell.put_nowait(2)
+        with pytest.raises(AccessError, match="its key was copied"):
+            await anext(bell)
+    await unwatched.stop()
+
+
 async def test_a_revoked_server_is_left(federation: Federation, dial: Dial, depot: Depot) -> None:
     async with dial(patience_s=0) as connection:
         await connection.call(messages.ListJobs())

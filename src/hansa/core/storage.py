@@ -136,6 +136,14 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path} is damaged: {error}.") from error
 
 
+def num_bytes(path: Path) -> int:
+    """Return a file's size; 0 where there is none, or it can't be told: whoever reads it then says so."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def full(path: Path, error: OSError) -> StorageError:
     """Return the error to raise when ``path`` could not be written."""
     return StorageError(

@@ -58,8 +58,8 @@ class Blobs(Protocol):
         """Return where the file ``key`` lies in the server's folder."""
         ...
 
-    def keep(self, key: str) -> None:
-        """Make the file ``key``, which lies in the folder, durable; it is so when this returns."""
+    def keep(self, *keys: str) -> None:
+        """Make files, which lie in the folder, durable; all are so when this returns, none need be if it raises."""
         ...
 
     def fetch(self, key: str) -> Path:
@@ -105,12 +105,14 @@ class Folder:
         """Return where the file ``key`` lies."""
         return self.directory / _checked(key)
 
-    def keep(self, key: str) -> None:
-        """Sync the file and the entries that lead to it."""
-        path = self.path(key)
-        new = list(takewhile(lambda folder: folder not in (self.directory, *self._entered), path.parents))
-        with _reported(path):
-            storage.sync({path, path.parent, *(folder.parent for folder in new)})
+    def keep(self, *keys: str) -> None:
+        """Sync the files and the entries that lead to them."""
+        paths = {self.path(key) for key in keys}
+        new: set[Path] = set()
+        for path in paths:
+            new.update(takewhile(lambda folder: folder not in (self.directory, *self._entered), path.parents))
+        with _reported(self.directory):
+            storage.sync({*paths, *(path.parent for path in paths), *(folder.parent for folder in new)})
         self._entered.update(new)
 
     def fetch(self, key: str) -> Path:
@@ -172,11 +174,12 @@ class Bucket:
         """Return where the file ``key`` lies in the folder."""
         return self._folder.path(key)
 
-    def keep(self, key: str) -> None:
-        """Sync the file, then put it into the store."""
-        self._folder.keep(key)
-        with _reported(self.path(key)):
-            self._put(f"kept/{key}", self.path(key))
+    def keep(self, *keys: str) -> None:
+        """Sync the files, then put them into the store."""
+        self._folder.keep(*keys)
+        for key in keys:
+            with _reported(self.path(key)):
+                self._put(f"kept/{key}", self.path(key))
 
     def fetch(self, key: str) -> Path:
         """Get the file from the store if it is not in the folder."""

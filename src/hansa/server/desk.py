@@ -46,8 +46,12 @@ class Desk:
                 site = self._site(name)
                 site.sequence += 1
                 events |= site.waiting
-        for event in events:
-            self._loop.call_soon_threadsafe(event.set)
+
+        def news() -> None:
+            for event in events:
+                event.set()
+
+        self._loop.call_soon_threadsafe(news)
 
     def sequence(self, site: str) -> int:
         """Return the number of the last news for ``site``."""

@@ -25,7 +25,6 @@ import math
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -37,6 +36,7 @@ from hansa.core.fit import Trait
 from hansa.core.ports import Handle, Phase, Reply, SecureLine, SiteReport
 from hansa.core.tree import Tree
 from hansa.core.values import Absence, Plan, Task
+from hansa.core.workflow import aside
 from hansa.errors import HansaError, PolicyError, SiteError, StorageError
 from hansa.pki.identities import Identities
 from hansa.server.blobs import Blobs
@@ -142,7 +142,7 @@ class Remote:
     async def initial(self) -> Tree:
         """Return the parameters that training starts from."""
         params = await self._compute.initial(self._directory / "initial.hansa")
-        await asyncio.to_thread(self.allow, 0, trees.num_bytes(params), 0)
+        self.allow(0, trees.num_bytes(params), 0)
         return params
 
     async def inspect(self, site: str) -> SiteReport:
@@ -280,14 +280,13 @@ class Remote:
         same tasks, and sites have gone on with them.
         """
         begun = time.monotonic()
-        asked = partial(self.store.open_tasks, self.id, course, round, kind, plan, sites, renewing)
-        rows = await asyncio.to_thread(asked)
+        rows = self.store.open_tasks(self.id, course, round, kind, plan, sites, renewing)
         self._announced -= {plan} if isinstance(plan, str) else set(plan.values())
         self.desk.ring(sites)
         waiting = {row.task: row for row in rows.values()}
         while True:
             for row in sorted(waiting.values(), key=lambda row: row.site):
-                settled = row if row.state != "open" else await self._given_up(row, deadline_s, begun)
+                settled = row if row.state != "open" else self._given_up(row, deadline_s, begun)
                 if settled is not None:
                     del waiting[row.task]
                     yield settled
@@ -297,10 +296,10 @@ class Remote:
                 async with asyncio.timeout(_TICK_S):  # not wait_for, which may swallow a cancellation (CPython 86296)
                     await self._news.wait()
             self._news.clear()
-            now = await asyncio.to_thread(self.store.tasks, self.id, kind)
+            now = self.store.tasks(self.id, kind)
             waiting |= {row.task: row for row in now if row.task in waiting}
 
-    async def _given_up(self, row: TaskRow, deadline_s: float | None, begun: float) -> TaskRow | None:
+    def _given_up(self, row: TaskRow, deadline_s: float | None, begun: float) -> TaskRow | None:
         """Close a task whose site has overrun its deadline or is gone, and return it; None while there is hope.
 
         A site counts the deadline from when it starts, but it may not put that off for longer than the lease.
@@ -315,9 +314,9 @@ class Remote:
         else:
             return None
         state = "late" if self.job.cohort.late == "accept" and row.kind == "train" else "missing"
-        await asyncio.to_thread(self.store.answer, row.task, row.site, state, msgspec.json.encode(said))  # type: ignore[arg-type]
+        self.store.answer(row.task, row.site, state, msgspec.json.encode(said))  # type: ignore[arg-type]
         self.desk.ring([row.site])
-        return await asyncio.to_thread(self.store.task, row.task)
+        return self.store.task(row.task)
 
     def _silence(self, site: str) -> str:
         since = self.desk.seen(site)[0]
@@ -338,15 +337,16 @@ class RemoteCohort:
         """Ask sites to carry a plan out."""
         engine = self._engine
         if plan.task == "train":
-            await asyncio.to_thread(engine.forget, plan.job, plan.round)
-            plan = await asyncio.to_thread(engine.peers.addressed, plan, sites[0])
+            engine.forget(plan.job, plan.round)
+            if plan.inbox is not None:
+                plan = await asyncio.to_thread(engine.peers.addressed, plan, sites[0])
         num_bytes = sum(trees.num_bytes(tree) for tree in (plan.params, *plan.parts.values()))
-        await asyncio.to_thread(engine.allow, plan.round, num_bytes, len(sites) if plan.task == "train" else 0)
-        digest = await asyncio.to_thread(engine.publish, plan)
+        engine.allow(plan.round, num_bytes, len(sites) if plan.task == "train" else 0)
+        digest = await aside(num_bytes, engine.publish, plan)
         answers = engine.answers(plan.job, plan.round, plan.task, digest, sorted(sites), plan.deadline_s)
         async with contextlib.aclosing(answers):
             async for row in answers:
-                yield await self._checked(await asyncio.to_thread(self._reply, row))
+                yield await self._checked(self._reply(row))
 
     async def _checked(self, reply: Reply) -> Reply:
         """Reject an update whose metrics can't be summed up: they would end the round for everybody."""
@@ -402,12 +402,12 @@ class RemoteLine:
     async def attempts(self, plan: Plan) -> int:
         """Return how many different sets of keys the round's sites were asked for, by the store."""
         engine = self._engine
-        return await asyncio.to_thread(engine.store.num_plans, engine.id, plan.job, plan.round, "advertise")
+        return engine.store.num_plans(engine.id, plan.job, plan.round, "advertise")
 
     async def exchange(self, plan: Plan, phase: Phase, letters: Mapping[str, bytes]) -> dict[str, bytes | Absence]:
         """Have the sites' agents answer; asked again with the same, they have answered already."""
         engine = self._engine
-        digests = await asyncio.to_thread(engine.publish_letters, letters)
+        digests = engine.publish_letters(letters)
         renewing = plan.task if phase in ("advertise", "accept") else None
         found: dict[str, bytes | Absence] = {}
         answers = engine.answers(plan.job, plan.round, phase, digests, sorted(letters), None, renewing)

@@ -21,10 +21,12 @@ import asyncio
 import contextlib
 import glob
 import logging
+import os
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ import msgspec
 
 from hansa import bundle as bundles
 from hansa.core import storage, wire
+from hansa.core.values import Header
 from hansa.errors import AccessError, HansaError, JobError, StorageError, WireError
 from hansa.pki.identity import Identity, Role
 from hansa.pki.kit import Kit
@@ -47,7 +50,7 @@ from hansa.server.http import Metrics
 from hansa.server.jobs import Jobs, results_of
 from hansa.server.remote import manifest_of, update_key
 from hansa.server.settings import ServerSettings
-from hansa.server.store import JobRow, Store, TaskRow, check_quota
+from hansa.server.store import JobRow, Said, Store, TaskRow, check_quota
 from hansa.transport.messages import (
     INLINE_BYTES,
     LETTERS,
@@ -86,7 +89,9 @@ from hansa.transport.messages import (
     WithdrawSite,
 )
 from hansa.transport.pieces import Incoming, Manifest
+from hansa.transport.protocol import Pace
 from hansa.transport.server import Destination
+from hansa.transport.threads import Together
 
 FRESH_S = 900.0
 """How old a bundle's signature may be when the job is submitted."""
@@ -150,6 +155,8 @@ class Service:
         self._refusals: dict[tuple[str, str, str], float] = {}
         self._submitting = asyncio.Lock()
         self._taking: dict[str, asyncio.Lock] = {}
+        self._agendas = Together(self._read_agendas)
+        self._answers = Together(self._take_all)
         self._waits: dict[str, set[str]] = {}  # site -> open tasks of which is noted that they wait
         self._unclaimed = Unclaimed(self._incoming)
         self._promising = threading.Lock()
@@ -207,7 +214,7 @@ class Service:
             case AskAgenda():
                 self._attends(caller)
                 await self._heard(caller)
-                return await asyncio.to_thread(self._agenda, caller.name, frozenset(request.have))
+                return await self._agendas.do((caller.name, frozenset(request.have)))
             case Report():
                 self._attends(caller)
                 await self._heard(caller)
@@ -217,7 +224,10 @@ class Service:
                 self._attends(caller)
                 await self._heard(caller)
                 async with self._taking.setdefault(caller.name, asyncio.Lock()):
-                    job = await asyncio.to_thread(self._take, caller.name, request)
+                    if request.upload is None:
+                        job = await self._answers.do((caller.name, request))
+                    else:  # to keep a large one may take long, which small ones need not wait for
+                        job = await asyncio.to_thread(self._take_one, caller.name, request)
                 self._desk.answered(job)
                 return Done()
             case AskRoster():
@@ -279,11 +289,14 @@ class Service:
                 self._store.event(open[item.task].job, "note", f"{site} waits: {item.why}")
         self._waits[site] = told
 
-    def _ring(self, sequence: int) -> Ring:
-        return Ring(sequence, self._kit.roster().version, self._settings.lease_s)
+    def _ring(self, sequence: int, agenda: Agenda | None = None) -> Ring:
+        return Ring(sequence, self._kit.roster().version, self._settings.lease_s, agenda)
 
     async def attend(self, caller: Identity, request: Attend) -> AsyncIterator[Ring]:
-        """Ring whenever there is news, and a few times a lease when there is none."""
+        """Ring whenever there is news, with the agenda, and a few times a lease when there is none.
+
+        Where the agenda can't be read the site is rung all the same: it asks, and is told why.
+        """
         async with self._refusals_noted(caller, request):
             self._attends(caller)
         if request.protocol != PROTOCOL:
@@ -292,32 +305,51 @@ class Service:
             )
         self._desk.attending(caller.name, 1)
         try:
-            sequence = self._desk.sequence(caller.name)
+            sequence, agenda = self._desk.sequence(caller.name), None
+            sent: frozenset[str] = frozenset()
+            pace = Pace()
             while True:
                 await self._heard(caller, request.release)
-                yield self._ring(sequence)
+                yield self._ring(sequence, agenda)
+                if agenda is not None:
+                    await asyncio.sleep(pace.pause(agenda.shown))
+                before, agenda = sequence, None
                 sequence = await self._desk.news(caller.name, sequence, self._settings.lease_s / 4)
+                if sequence != before:
+                    with contextlib.suppress(HansaError):
+                        agenda = await self._agendas.do((caller.name, sent))
+                        sequence, sent = agenda.sequence, frozenset(given.task for given in agenda.assignments)
         finally:
             self._desk.attending(caller.name, -1)
 
-    def _agenda(self, site: str, have: frozenset[str]) -> Agenda:
-        sequence = self._desk.sequence(site)
-        jobs = {row.id: row for row in self._store.unfinished(site) if site in self._sites_of(row.id)}
+    def _read_agendas(self, asked: Sequence[tuple[str, frozenset[str]]]) -> list[Agenda | Exception]:
+        """Return the agenda of each site that asks, with the tasks whose plans it has."""
+        sequences = {site: self._desk.sequence(site) for site, _ in asked}
+        unfinished, tasks = self._store.unfinished(*sequences), self._store.agenda(*sequences)
+        open = _Open(sequences, unfinished, tasks)
+        found: list[Agenda | Exception] = []
+        for site, have in asked:
+            try:
+                found.append(self._agenda(site, have, open))
+            except HansaError as error:
+                found.append(error)
+        return found
+
+    def _agenda(self, site: str, have: frozenset[str], open: _Open) -> Agenda:
+        jobs = {row.id: row for row in open.unfinished[site] if site in self._sites_of(row.id)}
         room = 16 * INLINE_BYTES
         assignments = []
-        for row in self._store.agenda(site):
-            if row.job not in jobs:  # it has ended, or the site has left it, a moment ago
+        for row in open.tasks:
+            if row.site != site or row.job not in jobs:  # it has ended, or the site has left it, a moment ago
                 continue
             inline = b""
             if row.plan and row.task not in have and room > 0:
-                path = self._plan_path(row.job, row.plan)
-                if path.exists() and path.stat().st_size <= INLINE_BYTES:
-                    inline = path.read_bytes()
-                    self._metrics.sent(len(inline))
-                    room -= len(inline)
+                inline = open.small(self._plan_path(row.job, row.plan))
+                self._metrics.sent(len(inline))
+                room -= len(inline)
             bundle = jobs[row.job].bundle
             assignments.append(Assignment(row.task, row.job, bundle, row.kind, row.course, row.round, row.plan, inline))
-        return Agenda(sequence, list(jobs), assignments)
+        return Agenda(open.sequences[site], list(jobs), assignments)
 
     def _sites_of(self, id: str) -> list[str]:
         try:
@@ -330,33 +362,66 @@ class Service:
     def _plan_path(self, job: str, plan: str) -> Path:
         return self._jobs.folder(job) / "work" / "plans" / f"{plan}.hansa"
 
-    def _task(self, site: str, job: str, task: str) -> TaskRow:
-        row = self._store.task(task)
+    def _task(self, site: str, job: str, task: str, row: TaskRow | None) -> TaskRow:
+        """Return a task that a site speaks of, if that is what it was asked for."""
         if row is None or row.site != site or row.job != job:
             raise JobError(f"Site {site!r} was not asked for {task!r}.", job=job, site=site)
         return row
 
-    def _take(self, site: str, said: Answer) -> str:
-        row = self._task(site, said.job, said.task)
-        if row.state not in ("open", "late"):
-            return row.job
-        answers = (said.inline, said.upload, said.missing, said.inspected, said.letter)
+    def _take_one(self, site: str, said: Answer) -> str:
+        found = self._take_all([(site, said)])[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _take_all(self, answers: Sequence[tuple[str, Answer]]) -> list[str | Exception]:
+        """Take answers, whose updates and rows are made durable at once, and return each one's job."""
+        rows = self._store.find_tasks(*(said.task for _, said in answers))
+        results: list[str | Exception] = []
+        taken: list[_Taken] = []
+        for site, said in answers:
+            try:
+                row = self._task(site, said.job, said.task, rows.get(said.task))
+                if row.state in ("open", "late"):
+                    taken.append(self._take(site, said, row))
+                results.append(row.job)
+            except Exception as error:  # noqa: BLE001 - the others' answers are as good as they were
+                results.append(error)
+        keys = [item.said[-1].update for item in taken if item.said[-1].update]
+        if keys:
+            self._blobs.keep(*keys)
+        counts = iter(self._store.answers([said for item in taken for said in item.said]))
+        for item in taken:
+            *_, counted = (next(counts) for _ in item.said)
+            if item.said[-1].update and not counted:
+                self._blobs.delete(item.said[-1].update)
+            self._metrics.answered(item.kind)
+            if item.problem:
+                site = item.said[-1].site
+                self._store.audit(f"site/{site}", Role.SITE.value, item.action, item.job, "refused", item.problem)
+        return results
+
+    def _take(self, site: str, said: Answer, row: TaskRow) -> _Taken:
+        """Return what an answer to an open task comes to; its update lies in place, not yet durable.
+
+        Raises:
+            JobError: it is of another kind than was asked for.
+            StorageError: its update is not here, or there is no room for it.
+        """
+        given = (said.inline, said.upload, said.missing, said.inspected, said.letter)
         told = (said.inspected is not None, said.letter is not None) == (row.kind == "inspect", row.kind in LETTERS)
-        if sum(item is not None for item in answers) != 1 or not (told or said.missing is not None):
+        if sum(item is not None for item in given) != 1 or not (told or said.missing is not None):
             raise JobError("The answer is of another kind than was asked for.", job=row.job, site=site)
         if said.letter is not None:
-            self._store.answer(row.task, site, "done", said.letter)
-            self._metrics.answered(row.kind)
-            return row.job
-        if said.missing is not None or said.inspected is not None:
-            state = "missing" if said.missing is not None else "done"
-            text = msgspec.json.encode(said.missing if said.missing is not None else said.inspected)
-            self._store.answer(row.task, site, state, text)  # type: ignore[arg-type]
-            self._metrics.answered("inspected" if said.missing is None else said.missing.kind)
+            return _Taken(row.job, row.kind, [Said(row.task, site, "done", said.letter)])
+        if said.missing is not None:
             self._forget_uploads(row)
-            if said.missing is not None and said.missing.kind == "refused" and relays(self._jobs.job_of(row.job)):
-                self._store.audit(f"site/{site}", Role.SITE.value, row.kind, row.job, "refused", said.missing.reason)
-            return row.job
+            answer = msgspec.json.encode(said.missing)
+            noted = said.missing.kind == "refused" and relays(self._jobs.job_of(row.job))
+            why = said.missing.reason if noted else ""
+            return _Taken(row.job, said.missing.kind, [Said(row.task, site, "missing", answer)], why, row.kind)
+        if said.inspected is not None:
+            return _Taken(row.job, "inspected", [Said(row.task, site, "done", msgspec.json.encode(said.inspected))])
         key = update_key(row.job, row.task, said.upload or "")
         path = self._blobs.path(key)
         if said.inline is not None:
@@ -365,29 +430,31 @@ class Service:
         elif not path.exists():
             raise StorageError("The update that the answer names is not here; send it again.", job=row.job, site=site)
         self._promised.pop(path, None)
-        problem = _problem(path, row)
         self._forget_uploads(row, path)
-        if problem is None:
-            self._blobs.keep(key)
-            self._close_if_late(path, row)
-            if not self._store.answer(row.task, site, "done", b"", key):
-                self._blobs.delete(key)
-            self._metrics.answered("update")
-        else:
+        update = Said(row.task, site, "done", b"", key)
+        try:
+            header = wire.Spooled(path).header
+            problem = _problem(header, row)
+        except HansaError as error:
+            problem = error.message
+        if problem is not None:
             path.unlink(missing_ok=True)
-            self._store.answer(row.task, site, "missing", msgspec.json.encode(Missing("rejected", problem[:4096])))
-            self._store.audit(f"site/{site}", Role.SITE.value, "answer", row.job, "refused", problem)
-        return row.job
+            answer = msgspec.json.encode(Missing("rejected", problem[:4096]))
+            return _Taken(row.job, "rejected", [Said(row.task, site, "missing", answer)], problem)
+        return _Taken(row.job, "update", [*self._overdue(header, row), update])
 
-    def _close_if_late(self, path: Path, row: TaskRow) -> None:
-        """Close a task whose site took longer than the deadline, by its own clock; by policy the update is overdue."""
+    def _overdue(self, header: Header, row: TaskRow) -> list[Said]:
+        """Return what closes a task whose site took longer than the deadline, by its own clock, or nothing.
+
+        By policy its update is overdue then.
+        """
         job = self._jobs.job_of(row.job)
         deadline_s = job.cohort.deadline_s if row.kind == "train" and row.course == job.name else None
-        seconds = wire.Spooled(path).header.seconds
-        if deadline_s is not None and seconds > deadline_s:
-            said = Missing("late", f"took {seconds:.2f} s, the deadline is {deadline_s:g} s")
-            state = "late" if job.cohort.late == "accept" else "missing"
-            self._store.answer(row.task, row.site, state, msgspec.json.encode(said))  # type: ignore[arg-type]
+        if deadline_s is None or header.seconds <= deadline_s:
+            return []
+        said = Missing("late", f"took {header.seconds:.2f} s, the deadline is {deadline_s:g} s")
+        state = "late" if job.cohort.late == "accept" else "missing"
+        return [Said(row.task, row.site, state, msgspec.json.encode(said))]  # type: ignore[arg-type]
 
     # Files
 
@@ -438,7 +505,7 @@ class Service:
             check = partial(self._check_bundle, caller, path)
             return Destination(path, self._settings.max_bundle_bytes, BUNDLE_MANIFEST_BYTES, check=check)
         self._attends(caller)
-        row = self._task(caller.name, offer.job, offer.task)
+        row = self._task(caller.name, offer.job, offer.task, self._store.task(offer.task))
         if row.state not in ("open", "late"):
             return None
         if row.kind not in ("train", "post"):
@@ -535,10 +602,13 @@ class Service:
 
     def _forget_uploads(self, row: TaskRow, but: Path | None = None) -> None:
         """Delete what has come for a task, whole or in part, but one file."""
-        for path in self._blobs.path(update_key(row.job, row.task)).parent.glob(f"{row.task}.*"):
-            if but is None or path not in (but, but.with_name(f"{but.name}.part")):
-                path.unlink(missing_ok=True)
-                self._promised.pop(path, None)
+        folder = self._blobs.path(update_key(row.job, row.task)).parent
+        kept = () if but is None else (but.name, f"{but.name}.part")
+        with contextlib.suppress(FileNotFoundError):  # the job's folder for updates goes with the job
+            for name in [entry.name for entry in os.scandir(folder) if entry.name.startswith(f"{row.task}.")]:
+                if name not in kept:
+                    (folder / name).unlink(missing_ok=True)
+                    self._promised.pop(folder / name, None)
 
     async def received(self, caller: Identity, offer: Offer, incoming: Incoming) -> None:
         """Note a bundle's manifest; what an update is worth is decided when it is answered with."""
@@ -719,6 +789,50 @@ class Service:
         return SiteLines(lines)
 
 
+@dataclass(frozen=True)
+class _Open:
+    """What is open for the sites that ask at once.
+
+    Attributes:
+        sequences: the last news of each, from before the rest was read.
+        unfinished: the jobs of each.
+        tasks: what all of them have to do.
+    """
+
+    sequences: Mapping[str, int]
+    unfinished: Mapping[str, Sequence[JobRow]]
+    tasks: Sequence[TaskRow]
+    _read: dict[Path, bytes] = field(default_factory=dict)
+
+    def small(self, path: Path) -> bytes:
+        """Return a plan's file if it is there and small enough to travel inside a message, else nothing."""
+        if path not in self._read:
+            self._read[path] = b""
+            with contextlib.suppress(OSError):  # whoever fetches it is told
+                if path.stat().st_size <= INLINE_BYTES:
+                    self._read[path] = path.read_bytes()
+        return self._read[path]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """An answer that is about to be noted.
+
+    Attributes:
+        job: the job's id.
+        kind: as what it is counted.
+        said: what is to be noted of the task, in order; the last says whether the answer counts.
+        problem: what the audit log is to say of it, if anything.
+        action: as what the audit log knows it.
+    """
+
+    job: str
+    kind: str
+    said: list[Said]
+    problem: str = ""
+    action: str = "answer"
+
+
 class Unclaimed:
     """Uploaded bundles that wait to be submitted.
 
@@ -778,12 +892,8 @@ def implied_bytes(num_bytes: int, *, encrypted: bool = False) -> int:
     return (32 if encrypted else 4) * num_bytes + (1 << 20)
 
 
-def _problem(path: Path, row: TaskRow) -> str | None:
-    """Return why the file at ``path`` is not the update that was asked for, or None."""
-    try:
-        header = wire.Spooled(path).header
-    except HansaError as error:
-        return error.message
+def _problem(header: Header, row: TaskRow) -> str | None:
+    """Return why an update is not the one that was asked for, or None."""
     if header.site != row.site or header.round != row.round:
         return (
             f"The update is of site {header.site!r}, round {header.round}; site {row.site!r}, round {row.round} is due."

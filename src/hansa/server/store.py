@@ -69,27 +69,24 @@ _MOVES: dict[JobState, tuple[JobState, ...]] = {
 LATE_ROUNDS = 8
 """A late update is waited for so many rounds; what has to be kept for it is one plan a round."""
 
-# Statements that every round needs for every site: to put one together takes longer than to carry it out.
+# Statements that every round needs: to put one together takes longer than to carry it out.
 _JOB = sa.select(jobs).where(jobs.c.id == sa.bindparam("id"))
-_TASK = sa.select(tasks).where(tasks.c.task == sa.bindparam("task"))
+_NAMED = sa.select(tasks).where(tasks.c.task.in_(sa.bindparam("names", expanding=True)))
 _TASKS = (
     sa.select(tasks).where(tasks.c.job == sa.bindparam("job"), tasks.c.state != "replaced").order_by(tasks.c.number)
 )
 _TASKS_OF_KIND = _TASKS.where(tasks.c.kind == sa.bindparam("kind"))
+_ASKED = _TASKS_OF_KIND.where(tasks.c.course == sa.bindparam("course"), tasks.c.round == sa.bindparam("round"))
+_SITES: sa.BindParameter[str] = sa.bindparam("sites", expanding=True)
 _AGENDA = (
     sa.select(tasks)
     .join(jobs, jobs.c.id == tasks.c.job)
-    .where(tasks.c.site == sa.bindparam("site"), tasks.c.state.in_(("open", "late")), jobs.c.state == "running")
+    .where(tasks.c.site.in_(_SITES), tasks.c.state.in_(("open", "late")), jobs.c.state == "running")
     .order_by(tasks.c.number)
 )
-_UNFINISHED = (
-    sa.select(jobs)
-    .where(
-        jobs.c.state != "finished",
-        ~sa.exists().where((leavers.c.job == jobs.c.id) & (leavers.c.site == sa.bindparam("site"))),
-    )
-    .order_by(jobs.c.number)
-)
+_UNFINISHED = sa.select(jobs).where(jobs.c.state != "finished").order_by(jobs.c.number)
+_LEFT = sa.select(leavers.c.job, leavers.c.site).where(leavers.c.site.in_(_SITES))
+_LEAVERS = sa.select(leavers.c.site, leavers.c.answer).where(leavers.c.job == sa.bindparam("job"))
 _ANSWERS: dict[str, sa.Update] = {
     state: tasks.update()
     .where(tasks.c.task == sa.bindparam("asked"), tasks.c.site == sa.bindparam("who"), tasks.c.state.in_(before))
@@ -100,6 +97,35 @@ _ANSWERS: dict[str, sa.Update] = {
         ("late", ("open",), "late"),
     )
 }
+_OVERDUE = sa.select(
+    sa.exists().where(
+        tasks.c.job == sa.bindparam("job"), tasks.c.course == sa.bindparam("course"), tasks.c.state == "overdue"
+    )
+)
+_FORGET = (
+    tasks.delete()
+    .where(
+        tasks.c.job == sa.bindparam("job"),
+        tasks.c.course == sa.bindparam("course"),
+        tasks.c.kind != "inspect",
+        sa.or_(
+            (tasks.c.round < sa.bindparam("before")) & tasks.c.state.not_in(("late", "overdue")),
+            (tasks.c.round < sa.bindparam("long_before")) & (tasks.c.state == "late"),
+            (tasks.c.claimed < sa.bindparam("before")) & (tasks.c.state == "overdue"),
+        ),
+    )
+    .returning(tasks.c.update)
+)
+_PROGRESSED = (
+    jobs.update().where(jobs.c.id == sa.bindparam("job")).values(round=sa.bindparam("to"), size=sa.bindparam("bytes"))
+)
+_EVENT = events.insert().returning(events.c.number)
+_EVENTS = (
+    sa.select(events)
+    .where(events.c.job == sa.bindparam("job"), events.c.number > sa.bindparam("after"))
+    .order_by(events.c.number)
+    .limit(sa.bindparam("limit"))
+)
 _OWNER = sa.select(owner.c.token).with_for_update(read=True)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -178,6 +204,26 @@ class TaskRow:
     update: str
     claimed: int | None
     opened_s: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """A site's answer to a task.
+
+    Attributes:
+        task: the task's name.
+        site: who answers.
+        state: ``done``; ``missing``: there will be no update; ``late``: the deadline is over, and an update that comes
+            after all makes it ``overdue``.
+        answer: what the site said, as JSON.
+        update: the key of its update, which is durable.
+    """
+
+    task: str
+    site: str
+    state: Literal["done", "missing", "late"]
+    answer: bytes = b""
+    update: str = ""
 
 
 @dataclass(frozen=True)
@@ -493,7 +539,7 @@ class Store:
     def progressed(self, id: str, round: int, size: int, text: str) -> None:
         """Note the last finished round of a job, with a line in its log, and the bytes it now holds."""
         with self._write() as connection:
-            connection.execute(jobs.update().where(jobs.c.id == id).values(round=round, size=size))
+            connection.execute(_PROGRESSED, {"job": id, "to": round, "bytes": size})
             _log(connection, id, "round", text)
 
     def delete_job(self, id: str) -> None:
@@ -534,18 +580,16 @@ class Store:
         Raises:
             JobError: there is no such job.
         """
-        asked = (
-            (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.round == round) & (tasks.c.kind == kind)
-        ) & (tasks.c.state != "replaced")
+        asked = {"job": job, "course": course, "round": round, "kind": kind}
         with self._write() as connection:
             _job(connection, job)
-            stored = {row.site: row for row in connection.execute(sa.select(tasks).where(asked))}
-            known = [stored[site] for site in sites if site in stored]
+            stored = {row.site: row for row in connection.execute(_ASKED, asked)}
             plans = dict.fromkeys(sites, plan) if isinstance(plan, str) else plan
-            replaced = [row.number for row in known if row.plan != plans[row.site]]
-            connection.execute(tasks.update().where(tasks.c.number.in_(replaced)).values(state="replaced"))
-            common = {"job": job, "course": course, "round": round, "kind": kind, "opened_s": time.time()}
+            replaced = [row.number for row in stored.values() if row.plan != plans.get(row.site, row.plan)]
+            if replaced:
+                connection.execute(tasks.update().where(tasks.c.number.in_(replaced)).values(state="replaced"))
             left = _leavers(connection, job)
+            common: dict[str, Any] = {**asked, "update": "", "claimed": None, "opened_s": time.time()}
             fresh = [
                 {
                     **common,
@@ -554,7 +598,6 @@ class Store:
                     "plan": plans[site],
                     "state": "missing" if site in left else "open",
                     "answer": left.get(site, b""),
-                    "update": "",
                 }
                 for site in sites
                 if site not in stored or stored[site].plan != plans[site]
@@ -565,7 +608,8 @@ class Store:
                 theirs = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.round == round)
                 stale = theirs & (tasks.c.kind == renewing)
                 connection.execute(tasks.update().where(stale).values(state="replaced"))
-            rows = {row.site: _task(row) for row in connection.execute(sa.select(tasks).where(asked))}
+            rows = {site: _task(row) for site, row in stored.items()}
+            rows |= {values["site"]: TaskRow(**values) for values in fresh}
             return {site: rows[site] for site in sites}
 
     def answer(
@@ -576,26 +620,31 @@ class Store:
         answer: bytes = b"",
         update: str = "",
     ) -> bool:
-        """Take a site's answer, and say whether it counts: the first one stands.
+        """Take one answer as `answers` does, and say whether it counts."""
+        return self.answers([Said(task, site, state, answer, update)])[0]
 
-        Args:
-            task: the task's name.
-            site: who answers.
-            state: ``done``; ``missing``: there will be no update; ``late``: the deadline is over, and an update that
-                comes after all makes it ``overdue``.
-            answer: what the site said, as JSON.
-            update: the key of its update, which is durable.
-        """
-        values = {"asked": task, "who": site, "said": answer, "key": update}
+    def answers(self, said: Sequence[Said]) -> list[bool]:
+        """Take answers in their order, all or none, and say which of them count: the first to a task stands."""
+        if not said:
+            return []
         with self._write() as connection:
-            changed = connection.execute(_ANSWERS[state], values).rowcount
-        return changed == 1
+            return [
+                connection.execute(
+                    _ANSWERS[item.state],
+                    {"asked": item.task, "who": item.site, "said": item.answer, "key": item.update},
+                ).rowcount
+                == 1
+                for item in said
+            ]
 
     def task(self, task: str) -> TaskRow | None:
         """Return one task, or None if it is not known (any more)."""
+        return self.find_tasks(task).get(task)
+
+    def find_tasks(self, *names: str) -> dict[str, TaskRow]:
+        """Return those of the named tasks that are known."""
         with self._read() as connection:
-            row = connection.execute(_TASK, {"task": task}).one_or_none()
-        return None if row is None else _task(row)
+            return {row.task: _task(row) for row in connection.execute(_NAMED, {"names": names})}
 
     def tasks(self, job: str, kind: TaskKind | None = None) -> list[TaskRow]:
         """Return a job's tasks, replaced ones aside, in the order in which they were first asked for."""
@@ -609,10 +658,10 @@ class Store:
         with self._read() as connection:
             return int(connection.scalar(sa.select(sa.func.count(tasks.c.plan.distinct())).where(of_round)) or 0)
 
-    def agenda(self, site: str) -> list[TaskRow]:
-        """Return what a site has to do for the jobs that are running; what is late is still welcome."""
+    def agenda(self, *sites: str) -> list[TaskRow]:
+        """Return what sites have to do for the jobs that are running; what is late is still welcome."""
         with self._read() as connection:
-            return [_task(row) for row in connection.execute(_AGENDA, {"site": site})]
+            return [_task(row) for row in connection.execute(_AGENDA, {"sites": sites})]
 
     def leave(self, job: str, site: str, answer: bytes) -> None:
         """Take a site out of a job for good; ``answer`` closes its tasks, those to come too (JobError: no such job)."""
@@ -623,10 +672,12 @@ class Store:
                 connection.execute(leavers.insert().values(job=job, site=site, answer=answer))
             connection.execute(tasks.update().where(mine).values(state="missing", answer=answer))
 
-    def unfinished(self, site: str) -> list[JobRow]:
-        """Return the jobs that have not finished, but for those that a site has left, oldest first."""
+    def unfinished(self, *sites: str) -> dict[str, list[JobRow]]:
+        """Return, for each site, the jobs that have not finished, but for those that it has left, oldest first."""
         with self._read() as connection:
-            return [JobRow(**_values(row)) for row in connection.execute(_UNFINISHED, {"site": site})]
+            left = {(row.job, row.site) for row in connection.execute(_LEFT, {"sites": sites})}
+            rows = [JobRow(**_values(row)) for row in connection.execute(_UNFINISHED)]
+        return {site: [row for row in rows if (row.id, site) not in left] for site in sites}
 
     def overdue(self, job: str, course: str, round: int) -> list[TaskRow]:
         """Return the overdue updates that ``round`` is to use: those that no round has claimed are now its own.
@@ -634,10 +685,10 @@ class Store:
         Asked again after a restart, the round gets the same ones, and what has come since, unless its model is being
         evaluated already.
         """
-        mine = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.state == "overdue")
         with self._read() as connection:
-            if not connection.execute(sa.select(sa.exists().where(mine))).scalar_one():
+            if not connection.execute(_OVERDUE, {"job": job, "course": course}).scalar_one():
                 return []
+        mine = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.state == "overdue")
         with self._write() as connection:
             if not connection.execute(sa.select(_judged(job, course, round))).scalar_one():
                 connection.execute(tasks.update().where(mine & tasks.c.claimed.is_(None)).values(claimed=round))
@@ -649,14 +700,9 @@ class Store:
 
         What is late by no more than ``LATE_ROUNDS``, or overdue and not used yet, stays; so does ``inspect``.
         """
-        past = (tasks.c.round < before_round) & tasks.c.state.not_in(("late", "overdue"))
-        past |= (tasks.c.round < before_round - LATE_ROUNDS) & (tasks.c.state == "late")
-        used = (tasks.c.state == "overdue") & (tasks.c.claimed < before_round)
-        done = (tasks.c.job == job) & (tasks.c.course == course) & (tasks.c.kind != "inspect") & (past | used)
+        known = {"job": job, "course": course, "before": before_round, "long_before": before_round - LATE_ROUNDS}
         with self._write() as connection:
-            keys = connection.execute(sa.select(tasks.c.update).where(done, tasks.c.update != "")).scalars().all()
-            connection.execute(tasks.delete().where(done))
-        return list(keys)
+            return [key for key in connection.execute(_FORGET, known).scalars() if key]
 
     # Sites
 
@@ -681,9 +727,9 @@ class Store:
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[EventRow]:
         """Return the first ``limit`` lines of a job's log after number ``after``."""
-        query = sa.select(events).where(events.c.job == job, events.c.number > after).order_by(events.c.number)
+        values = {"job": job, "after": after, "limit": limit}
         with self._read() as connection:
-            return [EventRow(**_values(row)) for row in connection.execute(query.limit(limit))]
+            return [EventRow(**_values(row)) for row in connection.execute(_EVENTS, values)]
 
     def audit(self, actor: str, role: str, action: str, subject: str, outcome: str, detail: str = "") -> None:
         """Add an entry to the audit log; no method and no statement changes or deletes one."""
@@ -762,13 +808,12 @@ def _job(connection: Connection, id: str) -> JobRow:
 
 def _log(connection: Connection, job: str, kind: str, text: str) -> int:
     _job(connection, job)
-    line = events.insert().values(job=job, time=now(), kind=kind, text=_clean(text)).returning(events.c.number)
-    return int(connection.execute(line).scalar_one())
+    line = {"job": job, "time": now(), "kind": kind, "text": _clean(text)}
+    return int(connection.execute(_EVENT, line).scalar_one())
 
 
 def _leavers(connection: Connection, job: str) -> dict[str, bytes]:
-    query = sa.select(leavers.c.site, leavers.c.answer).where(leavers.c.job == job)
-    return {row.site: row.answer for row in connection.execute(query)}
+    return {row.site: row.answer for row in connection.execute(_LEAVERS, {"job": job})}
 
 
 def _clean(text: str) -> str:

@@ -3,7 +3,8 @@
 
 Only this process speaks the network, and it only dials out. The agenda is the whole truth each time: what is on it
 and not in hand is begun, what is in hand and no longer on it is stopped. So no message can get lost, and a server
-or an agent that was killed goes on from what is on disk.
+or an agent that was killed goes on from what is on disk. A stream's rings bring the agenda; whenever it can't be told
+whether one is the newest, it is asked for.
 
 | case | result |
 |---|---|
@@ -18,6 +19,9 @@ or an agent that was killed goes on from what is on disk.
 | a task or job leaves the agenda and comes back at once | begun again when what it left behind has ended |
 | more jobs than ``policy.max_jobs`` | those that came last wait until another is over or rests; submitters learn why |
 | the same agenda again and again | asked for ever more slowly |
+| an agenda comes by a ring while another is asked for | neither counts; it is asked for again |
+| an agenda by a ring has what was answered meanwhile | begun again only if one that is asked for has it, too |
+| an agenda by a ring is no newer than the last that was taken up | passed over |
 | a name that would lead out of the site's folder | that assignment is not taken up |
 | the certificate was revoked or has expired | AccessError: the agent ends, and says what to do |
 | the server speaks another protocol | VersionError: the agent ends |
@@ -33,7 +37,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -67,6 +71,7 @@ from hansa.transport.messages import (
     Ring,
 )
 from hansa.transport.pieces import describe
+from hansa.transport.protocol import Pace
 from hansa.version import VERSION
 
 PATIENCE_S = 600.0
@@ -110,6 +115,10 @@ class _Doing:
             self.worked_s = now - self.since
         self.phase, self.since = phase, now
 
+    def lasts(self, now: float) -> bool:
+        """Say whether it is in its phase for so long that it is worth telling."""
+        return now - self.since >= _LASTING_S / 2
+
     def seconds(self, now: float) -> float:
         """Return what the server holds deadlines against: the time at work, which stands still while it is sent."""
         return self.worked_s if self.phase == "sending" else now - self.since
@@ -140,6 +149,9 @@ class Agent:
         self._doing: dict[str, _Doing] = {}
         self._held: dict[str, tuple[float, str]] = {}  # what waits for another job to end: since when, and why
         self._news = asyncio.Event()
+        self._asking = True  # the agenda must be asked for
+        self._brought: Agenda | None = None  # the last one that came by a ring and was not looked at yet
+        self._answered: set[str] = set()  # what is acknowledged, and an agenda that is on its way may still have
         self._activity = asyncio.Event()
         self._lease_s = 60.0
         self._sequence = 0
@@ -220,7 +232,7 @@ class Agent:
                     self._hear(ring)
             except UnreachableError as error:
                 _LOG.info("The doorbell's line was cut: %s", error.message)
-            self._news.set()  # it may have rung unheard
+            self._ask_again()  # it may have rung unheard
             if not streams:
                 short = 0
                 continue
@@ -247,29 +259,54 @@ class Agent:
 
     def _hear(self, ring: Ring) -> None:
         self._lease_s = min(max(ring.lease_s, 1.0), 3600.0)
-        if ring.sequence != self._sequence or ring.roster > self._newest_roster:
-            self._newest_roster = max(self._newest_roster, ring.roster)
+        if ring.agenda is not None and ring.sequence > self._sequence:
+            self._brought = ring.agenda
+            self._news.set()
+        elif ring.sequence != self._sequence:
+            self._ask_again()
+        if ring.roster > self._newest_roster:
+            self._newest_roster = ring.roster
             self._news.set()
 
     # The agenda
 
+    def _ask_again(self) -> None:
+        self._asking = True
+        self._news.set()
+
     async def _follow_agenda(self, connection: Connection, joined: asyncio.Event | None) -> None:
-        last, pause = None, 0.0
+        agenda: Agenda | None = None
+        pace = Pace()
+        self._asking = True
         while True:
             self._news.clear()
-            agenda = await connection.call(AskAgenda([*self._doing]))
-            self._sequence = agenda.sequence
-            if joined is not None:
-                joined.set()
-            await self._take_up(connection, agenda)
+            if self._asking:
+                self._asking, self._brought = False, None
+                agenda = await self._asked(connection)
+                if joined is not None:
+                    joined.set()
+            elif self._brought is not None:
+                agenda, self._brought = self._brought, None
+                if agenda.sequence > self._sequence:
+                    self._take_up(connection, agenda, self._answered)
             await self._renew_roster(connection)
-            shown = (agenda.jobs, [given.task for given in agenda.assignments])
-            pause = min(max(2 * pause, 0.01), 1.0) if shown == last else 0.0
-            last = shown
-            await asyncio.sleep(pause)
-            with contextlib.suppress(TimeoutError):
+            await asyncio.sleep(pace.pause(agenda and agenda.shown))
+            try:
                 async with asyncio.timeout(self._lease_s):
                     await self._news.wait()
+            except TimeoutError:
+                self._ask_again()
+
+    async def _asked(self, connection: Connection) -> Agenda | None:
+        """Ask for the agenda and take it up; None if another came meanwhile, as either may be the newer one."""
+        known = self._answered.copy()
+        agenda = await connection.call(AskAgenda([*self._doing]))
+        if self._brought is not None:
+            self._ask_again()
+            return None
+        self._take_up(connection, agenda, self._answered - known)
+        await whole(partial(self._sweep, self._listed, {given.task for given in agenda.assignments} | {*self._doing}))
+        return agenda
 
     async def _renew_roster(self, connection: Connection) -> None:
         """Take over the server's roster if it told of a newer one; only its authority can have made that."""
@@ -281,25 +318,29 @@ class Agent:
             _LOG.warning("The server's roster was not taken over: %s", error.message)
             self._newest_roster = 0
 
-    async def _take_up(self, connection: Connection, agenda: Agenda) -> None:
+    def _take_up(self, connection: Connection, agenda: Agenda, answered: Collection[str]) -> None:
+        """Begin what is new and stop what is gone; what was ``answered`` after the agenda was made is not new."""
+        self._sequence = agenda.sequence
         jobs = self._listed = frozenset(id for id in agenda.jobs if _is_name(id))
         wanted = {given.task: given for given in agenda.assignments if given.job in jobs and _sound(given)}
         for name, doing in self._doing.items():
-            if name not in wanted and not doing.withdrawn:
+            if name not in wanted and name not in self._answered and not doing.withdrawn:
                 _LOG.info("%s is not wanted any more", name)
                 doing.withdrawn = True
                 doing.task.cancel()
+        self._answered &= wanted.keys() & answered
+        if self._answered:
+            self._ask_again()
         for id in [id for id in self._jobs if id not in jobs]:
             self._leaving[id] = asyncio.create_task(self._leave(id, self._jobs.pop(id)))
         held, self._held = self._held, {}
         for given in wanted.values():
-            if given.task not in self._doing and given.job not in self._leaving:
+            if given.task not in (*self._doing, *self._answered) and given.job not in self._leaving:
                 why = self._begin(connection, given)
                 if why:
                     self._held[given.task] = held.get(given.task, (time.monotonic(), why))
         if self._held.keys() != held.keys():
             self._activity.set()
-        await whole(partial(self._sweep, jobs, {*wanted, *self._doing}))
 
     def _begin(self, connection: Connection, given: Assignment) -> str:
         """Begin an assignment; return why it has to wait, which its submitter is told, or nothing."""
@@ -347,7 +388,7 @@ class Agent:
                 _LOG.warning("What is old in the history was not forgotten: %s", error.message)
         finally:
             del self._leaving[id]
-            self._news.set()
+            self._ask_again()
 
     async def _let_rest(self) -> None:
         while True:
@@ -363,11 +404,11 @@ class Agent:
         if failed:
             _LOG.error("%s ended in a defect", name, exc_info=task.exception())
         if failed or ended.withdrawn:  # it may be wanted again meanwhile
-            self._news.set()
+            self._ask_again()
 
     async def _do(self, connection: Connection, job: JoinedJob, given: Assignment) -> None:
         """Bring one assignment to its acknowledged answer."""
-        entry = await self._answered(connection, job, given)
+        entry = await self._answer(connection, job, given)
         self._at(given.task, "sending")
         refusals = 0
         pauses = _pauses()
@@ -383,12 +424,13 @@ class Agent:
                     entry = await self._concluded(job, given, lost(reason))
             except HansaError as error:
                 _LOG.warning("%s: the answer waits: %s", given.task, error.message)
-                self._news.set()  # where this site is admitted no more, the agenda says so and the agent ends
+                self._ask_again()  # where this site is admitted no more, the agenda says so and the agent ends
             await asyncio.sleep(next(pauses))
-        await whole(lambda: job.outbox.acknowledged(given.task))
+        self._answered.add(given.task)
+        await whole(lambda: job.outbox.acknowledged(given.task), entry.num_bytes)
         _LOG.info("%s: answered", given.task)
 
-    async def _answered(self, connection: Connection, job: JoinedJob, given: Assignment) -> Entry:
+    async def _answer(self, connection: Connection, job: JoinedJob, given: Assignment) -> Entry:
         """Return the finished answer, durable: found on disk, or made now."""
         doing = self._doing[given.task]
         outcome: Outcome | None = None
@@ -396,7 +438,7 @@ class Agent:
         pauses = _pauses()
         while True:
             try:
-                entry = await whole(lambda: job.outbox.find(given.task))
+                entry = job.outbox.find(given.task)
                 if entry is not None:
                     return entry
                 if outcome is None:
@@ -407,7 +449,7 @@ class Agent:
             except HansaError as error:
                 _LOG.warning("%s: tried again: %s", given.task, error.message)
                 reason = error.message
-                self._news.set()
+                self._ask_again()
             except Exception as error:  # noqa: BLE001 - one task's defect must not end the others
                 _LOG.exception("%s: a defect", given.task)
                 return await self._concluded(job, given, lost(f"A defect at the site: {type(error).__name__}: {error}"))
@@ -456,16 +498,25 @@ class Agent:
 
     async def _report(self, connection: Connection) -> None:
         """Tell what is being worked on, when it changes and lasts, and often enough to keep the lease."""
+        told = False
         while True:
-            with contextlib.suppress(TimeoutError):
+            due = False
+            try:
                 async with asyncio.timeout(self._lease_s / 4):
                     await self._activity.wait()
+            except TimeoutError:
+                due = True
             await asyncio.sleep(_LASTING_S)
             self._activity.clear()
             now = time.monotonic()
+            if not (due or told or self._held or any(it.lasts(now) for it in self._doing.values())):
+                if self._doing:
+                    self._activity.set()
+                continue
             activities = [Activity(task, it.phase, it.seconds(now)) for task, it in self._doing.items()]  # type: ignore[arg-type]
             activities += [Activity(task, "waiting", now - since, why) for task, (since, why) in self._held.items()]
             await connection.call(Report(activities[:MAX_ACTIVITIES]))
+            told = bool(activities)
 
 
 def _is_name(name: str) -> bool:

@@ -344,7 +344,7 @@ class JoinedJob:
         """
         path = await self._received(connection, given)
         try:
-            plan = await whole(partial(wire.open_plan, path, lazily=True))
+            plan = await whole(partial(wire.open_plan, path, lazily=True), storage.num_bytes(path))
         except WireError as error:
             await self._check_disk(path, given)
             raise PolicyError(f"The server sent a plan that can't be read: {error.message}") from error
@@ -361,7 +361,7 @@ class JoinedJob:
             letter = given.kind in get_args(MaskPhase)  # which is as large as the federation, not as the model
             most = MAX_BYTES if letter else self._settings.policy.max_model_bytes
             if given.inline:
-                await whole(partial(self._put, path, given, most))
+                await whole(partial(self._put, path, given, most), len(given.inline))
             elif not await whole(partial(_is_whole, path, given)):
                 await self._fetch(connection, given.plan, path, await whole(self._other_plans), most, durable=False)
             self._sound.add(path)
@@ -437,7 +437,7 @@ class JoinedJob:
         once = given.kind == "train" and budget.draws_noise(job) and job.secret_sums is None
         self._history.check(given, once=once)
         form = course_form(job, given.course, given.kind, self._site)
-        await whole(partial(self._make_room, job, given, path, out))
+        await whole(partial(self._make_room, job, given, path, out), storage.num_bytes(path))
         if plan.outbox is not None:
             try:
                 await whole(partial(self._mail.open, plan))
@@ -476,7 +476,8 @@ class JoinedJob:
             )
             await whole(partial(wire.spool, empty, out))
         if job.secret_sums is None:
-            await whole(lambda: policy.check_update(out, plan, job, self._site, self._settings.policy))
+            check = partial(policy.check_update, out, plan, job, self._site, self._settings.policy)
+            await whole(check, storage.num_bytes(out))
         else:
             layout = await whole(lambda: self._sessions(job).layout(given.course, self._site))
             await whole(lambda: policy.check_hidden(out, plan, self._site, layout))

@@ -47,6 +47,11 @@ class Entry:
     outcome: Outcome
     update: Path | None
 
+    @property
+    def num_bytes(self) -> int:
+        """How large the update is, if there is one."""
+        return 0 if self.update is None else storage.num_bytes(self.update)
+
 
 class Outbox:
     """The answers of one job that the server has not acknowledged yet.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hansa.core import storage
+from hansa.core import tree as trees
 from hansa.core.config import Job
 from hansa.core.fit import Trait
 from hansa.errors import HansaError, PolicyError, SiteError, StorageError, WireError
@@ -199,8 +200,15 @@ def attach_folder(directory: Path, site: str) -> Path:
     return found
 
 
-async def whole(work: Callable[[], _T]) -> _T:
-    """Do blocking work in a thread, and when cancelled wait for its end: nothing goes on behind one's back."""
+async def whole(work: Callable[[], _T], num_bytes: int | None = None) -> _T:
+    """Do blocking work in a thread, and when cancelled wait for its end: nothing goes on behind one's back.
+
+    Args:
+        work: what to do.
+        num_bytes: how much it moves. A little is moved at once: to hand it to a thread and be woken takes longer.
+    """
+    if num_bytes is not None and num_bytes <= trees.LARGE:
+        return work()
     task = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(task)

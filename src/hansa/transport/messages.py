@@ -5,7 +5,8 @@ Every request is a struct that names its reply. They are msgpack inside gRPC met
 what is large travels as a file in pieces (:mod:`hansa.transport.pieces`) over ``Upload`` and ``Download``.
 
     site ── Attend ──> server ── Ring, Ring, ... (the doorbell)      site ── Poll ──> Ring (where a proxy cuts streams)
-    site ── AskAgenda ──> Agenda: all that is open for it; the whole truth each time, so no message can get lost
+    a stream's Ring brings the Agenda: all that is open for the site; the whole truth each time, so that no message can
+    get lost; where it brings none, or the site can't tell what is newer:    site ── AskAgenda ──> Agenda
     site ── Download: bundle, plan   Report: what it is at   Upload: update   Answer ──> server
 
 All calls are idempotent: sent again after a broken connection, they change nothing.
@@ -19,7 +20,7 @@ import msgspec
 
 from hansa.core.ports import MailPhase, Phase
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Both ends must speak the same; a release that changes a message's meaning raises it."""
 
 SERVICE = "hansa.Federation"
@@ -58,37 +59,6 @@ class Done(Message):
 
 
 # Sites
-
-
-class Ring(Message):
-    """There is news, or a sign of life if ``sequence`` is the last one's.
-
-    Attributes:
-        sequence: rises with each piece of news for this site; starts anew when the server does.
-        roster: the version of the server's roster.
-        lease_s: a site that is not heard from for so long counts as gone.
-    """
-
-    sequence: Count
-    roster: Count
-    lease_s: Seconds
-
-
-class Attend(Message):
-    """Open the doorbell (a stream of Ring)."""
-
-    protocol: Count
-    release: Label
-
-
-class Poll(Message):
-    """Wait for a Ring after ``since``, at most ``wait_s``; in place of the stream."""
-
-    reply: ClassVar[type[Message]] = Ring
-    protocol: Count
-    release: Label
-    since: Count
-    wait_s: Seconds
 
 
 class Assignment(Message):
@@ -141,6 +111,44 @@ class Agenda(Message):
     sequence: Count
     jobs: list[Label]
     assignments: list[Assignment]
+
+    @property
+    def shown(self) -> tuple[list[str], list[str]]:
+        """The jobs and tasks in it: where these are the same twice, there was no news."""
+        return self.jobs, [given.task for given in self.assignments]
+
+
+class Ring(Message):
+    """There is news, or a sign of life if ``sequence`` is the last one's.
+
+    Attributes:
+        sequence: rises with each piece of news for this site; starts anew when the server does.
+        roster: the version of the server's roster.
+        lease_s: a site that is not heard from for so long counts as gone.
+        agenda: the news itself, in a stream; plans that came over the same stream before are not sent again.
+    """
+
+    sequence: Count
+    roster: Count
+    lease_s: Seconds
+    agenda: Agenda | None = None
+
+
+class Attend(Message):
+    """Open the doorbell (a stream of Ring)."""
+
+    protocol: Count
+    release: Label
+
+
+class Poll(Message):
+    """Wait for a Ring after ``since``, at most ``wait_s``; in place of the stream."""
+
+    reply: ClassVar[type[Message]] = Ring
+    protocol: Count
+    release: Label
+    since: Count
+    wait_s: Seconds
 
 
 class AskAgenda(Message):

@@ -38,6 +38,20 @@ _INDEX = struct.Struct("<I")
 _M = TypeVar("_M", bound=Message)
 
 
+class Pace:
+    """How long to wait before one says, or asks for, what may be the same again: ever longer while it is."""
+
+    def __init__(self) -> None:
+        self._last: object = None
+        self._pause = 0.0
+
+    def pause(self, said: object) -> float:
+        """Return the pause in seconds after ``said``: none if it was news."""
+        self._pause = min(max(2 * self._pause, 0.01), 1.0) if said == self._last else 0.0
+        self._last = said
+        return self._pause
+
+
 def path_of(method: str) -> str:
     """Return the gRPC path of a method."""
     return f"/{SERVICE}/{method}"

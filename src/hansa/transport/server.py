@@ -2,7 +2,7 @@
 """The listening end: who calls is known and admitted before a handler sees what they say.
 
 TLS 1.2 or newer with a client certificate of the federation's authority; the roster then admits that certificate at
-every call, and once a second while a stream lives.
+every call, before each event of a stream, and once a second while a stream lives.
 
 ===============================================  ================================================================
 no certificate, or another authority's           the handshake fails
@@ -302,8 +302,11 @@ class Server:
     def _events(self, kind: type[Message], events: Callable[[Identity, Any], AsyncIterator[Message]]) -> _Work:
         async def work(caller: Identity, context: _Context) -> None:
             source = events(caller, protocol.decode(kind, await self._read(context)))
+            task = asyncio.current_task()
+            assert task
             try:
                 async for event in source:
+                    self._kit.roster().admit(self._live[task])  # an event tells as much as a call's reply
                     await context.write(protocol.encode(event))
             finally:
                 if close := getattr(source, "aclose", None):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in threads that is over when its block is left, whatever ends the block."""
+"""Work in threads: over when its block is left, whatever ends the block; or done for many at once."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -67,3 +67,46 @@ class ThreadGroup(Generic[_T]):
         self._unfinished.add(future)
         future.add_done_callback(self._unfinished.discard)
         return future
+
+
+class Together(Generic[_T, _R]):
+    """Does in one go, in a thread, what was asked for while the last go was under way, as a group commit does.
+
+    What is asked for in one turn of the event loop is done in one go, too. There is one go at a time, and whoever asks
+    waits for at most two.
+
+    Args:
+        work: returns a result for each request, in order; one that is an exception is raised to who asked.
+    """
+
+    def __init__(self, work: Callable[[Sequence[_T]], Sequence[_R | Exception]]) -> None:
+        self._work = work
+        self._waiting: list[tuple[_T, asyncio.Future[_R]]] = []
+        self._going: asyncio.Task[None] | None = None
+
+    async def do(self, request: _T) -> _R:
+        """Return what ``work`` returns for ``request``; it is done even if whoever asks is cancelled."""
+        result: asyncio.Future[_R] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, result))
+        if self._going is None:
+            self._going = asyncio.create_task(self._go())
+        return await result
+
+    async def _go(self) -> None:
+        try:
+            while self._waiting:
+                asked, self._waiting = self._waiting, []
+                results: Sequence[_R | Exception]
+                try:
+                    results = await asyncio.to_thread(self._work, [request for request, _ in asked])
+                except Exception as error:  # noqa: BLE001 - each of them hears of it
+                    results = [error] * len(asked)
+                for (_, future), result in zip(asked, results, strict=True):
+                    if future.done():
+                        continue
+                    if isinstance(result, Exception):
+                        future.set_exception(result)
+                    else:
+                        future.set_result(result)
+        finally:
+            self._going = None

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from hansa.core import rng, settle
 from hansa.core import tree as trees
@@ -21,15 +20,12 @@ from hansa.core.stack import Stack
 from hansa.core.strategy import Strategy
 from hansa.core.tree import Layout, Tree
 from hansa.core.values import Absence, Aggregate, Header, Logged, Plan, RoundRecord, Snapshot
-from hansa.core.workflow import Workflow
+from hansa.core.workflow import Workflow, aside
 from hansa.errors import NonFiniteError, QuorumError, WireError
 from hansa.privacy.plan import terms_of_job
 from hansa.workflows import sums
 from hansa.workflows.evaluate import TRAINING, Masks, Scores, evaluate
 from hansa.workflows.secure import Question
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def workflow() -> Workflow:
@@ -75,14 +71,13 @@ async def scatter_gather(
         else:
             asked = sample(cohort.sites, job.cohort.sample, job.seed, number)
         plan = _plan(job, strategy, now, number, asked)
+        size = trees.num_bytes(plan.params)
         if job.secret_sums is None:
             gathered = await _gather(job, strategy, cohort, plan, asked, strategy.bound(now.state), scratch)
         else:
             gathered = await _gather_secretly(job, strategy, cohort, plan, asked, scratch)
         _require(job, strategy, gathered, asked, number)
-        settled, notes = await _aside(
-            plan.params, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch
-        )
+        settled, notes = await aside(size, settle.step, strategy, now.model, now.state, gathered.aggregate, scratch)
         notes = {**notes, **gathered.aggregate.notes}
         if gathered.fold is not None:
             gathered.fold.discard()
@@ -166,6 +161,7 @@ async def _gather(
     overdue = {handle.header.site: handle for handle in cohort.late(plan.round)}
     welcome = {site: handle for site, handle in overdue.items() if job.cohort.late == "accept" and site not in asked}
     order = sorted({*asked, *welcome})
+    size = trees.num_bytes(plan.params)
     layouts, population = expected(strategy, plan.params), len(cohort.sites)
     fold = (
         Fold(order, layouts, strategy.weighed, population, scratch, max_norm=bound, beside=strategy.extra)
@@ -175,7 +171,7 @@ async def _gather(
     gathered = _Gathered(fold, Aggregate({}, strategy.weighed, 0.0, 0.0, population))
     for site, handle in sorted(overdue.items()):
         if site in welcome:
-            await _aside(plan.params, _accept, gathered, strategy, plan, handle)
+            await aside(size, _accept, gathered, strategy, plan, handle)
         else:
             handle.release()
     async for reply in cohort.ask(plan, asked):
@@ -183,9 +179,9 @@ async def _gather(
             gathered.absent.append(reply)
             fold.skip(reply.site)
         else:
-            await _aside(plan.params, _accept, gathered, strategy, plan, reply)
+            await aside(size, _accept, gathered, strategy, plan, reply)
         del reply  # or it would be held while the next site trains
-    gathered.aggregate = await _aside(plan.params, fold.close)
+    gathered.aggregate = await aside(size, fold.close)
     gathered.accepted.sort()
     return gathered
 
@@ -224,13 +220,6 @@ async def _gather_secretly(
         metrics={} if job.privacy else found.metrics,
     )
     return gathered
-
-
-async def _aside(model: Tree, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call ``function``; where the model is large, in a thread, so that what waits on the event loop goes on."""
-    if trees.num_bytes(model) <= trees.LARGE:
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 def _accept(gathered: _Gathered, strategy: Strategy, plan: Plan, handle: Handle) -> None:
