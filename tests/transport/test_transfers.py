@@ -407,7 +407,7 @@ async def test_pieces_that_nobody_asked_for(dial: Dial, depot: Depot, file: Path
     manifest = describe(file)
     offer = [Offer("j", "t", manifest.digest, len(manifest.encode())), manifest.encode()]
     async with dial() as connection:
-        for frame in (b"", b"\0\0\0\0", protocol.frame(1 << 31, b"x"), protocol.frame(0, b"x" * PIECE_BYTES)):
+        for frame in (b"", b"\0\0\0\0", b"x" * PIECE_BYTES, b"x" * (PIECE_BYTES + 1)):
             with pytest.raises((WireError, ChecksumError)):
                 await spoken(connection, [*offer, frame])
     assert depot.stored == []

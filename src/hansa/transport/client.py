@@ -270,11 +270,14 @@ class Connection:
             self._stream("Download", own=before > LARGE_BYTES) as call,
         ):
             ranges = incoming.missing()[:MAX_RANGES]
+            indices = in_ranges(ranges, incoming.manifest)
             await call.write(protocol.encode(Get(job, incoming.manifest.digest, ranges)))
             await call.done_writing()
             async for data in self._frames(call):
-                index, payload = protocol.unframe(data)
-                writing.begin(partial(incoming.write, index, payload))
+                if (index := next(indices, None)) is None:
+                    raise WireError("The server sends more than it was asked for.")
+                writing.begin(partial(incoming.write, index, data))
+                del data  # or it would be held while the next one comes
                 if len(writing) > AHEAD:
                     await writing.next()
                     if progress:
@@ -294,9 +297,6 @@ class Connection:
         except OSError as error:
             raise StorageError(f"Can't read {path}: {error.strerror}.") from error
 
-        def load(index: int) -> bytes:
-            return protocol.frame(index, read_piece(descriptor, manifest, index, path))
-
         try:
             async with (
                 ThreadGroup[bytes](self._threads) as ahead,
@@ -313,7 +313,7 @@ class Connection:
                 granted = 0
                 while True:
                     while len(ahead) <= AHEAD and (index := next(indices, None)) is not None:
-                        ahead.begin(partial(load, index))
+                        ahead.begin(partial(read_piece, descriptor, manifest, index, path))
                         waiting.append(index)
                     if not ahead:
                         break

@@ -7,13 +7,12 @@ Each request type is a gRPC method of its name: ``/hansa.Federation/AskAgenda``.
     Download   client: Get                                 server: beat* · manifest or pieces
     Upload     client: Offer · manifest · pieces           server: beat* · Wanted · (beat | Grant)* · Done
 
-A beat is an empty frame: "I am busy with this". A manifest comes in frames of at most 1 MiB. A piece's frame is its
-index (u32, little-endian) and its bytes. Of an upload no more pieces come than were granted.
+A beat is an empty frame: "I am busy with this". A manifest comes in frames of at most 1 MiB. A piece is a frame, and
+pieces come in the order in which they were asked for. Of an upload no more come than were granted.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -28,13 +27,12 @@ PROBLEM_KEY = "hansa-problem-bin"
 METADATA = ((PROTOCOL_KEY, str(PROTOCOL)),)
 
 MAX_MESSAGE_BYTES = 2 * INLINE_BYTES + (1 << 16) + 64
-"""The longest frame or message: a piece and its index."""
+"""The longest frame or message, with room for a piece."""
 MAX_AGENDA_BYTES = 64 << 20
 """The longest reply: an agenda holds a plan of up to INLINE_BYTES for each open task."""
 FRAME_BYTES = 1 << 20
 BEAT = b""
 
-_INDEX = struct.Struct("<I")
 _M = TypeVar("_M", bound=Message)
 
 
@@ -72,22 +70,6 @@ def decode(kind: type[_M], data: bytes) -> _M:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(f"This is no {kind.__name__} message: {error}.") from error
-
-
-def frame(index: int, payload: bytes) -> bytes:
-    """Return the frame of a piece; copies it once."""
-    return b"".join((_INDEX.pack(index), payload))
-
-
-def unframe(data: bytes) -> tuple[int, memoryview]:
-    """Return the index and the bytes of a piece.
-
-    Raises:
-        WireError: this is no frame of a piece.
-    """
-    if len(data) <= _INDEX.size:
-        raise WireError("This is no frame of a piece.")
-    return _INDEX.unpack_from(data)[0], memoryview(data)[_INDEX.size :]
 
 
 def in_frames(data: bytes) -> Iterator[bytes]:

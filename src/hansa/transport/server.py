@@ -327,16 +327,13 @@ class Server:
         except OSError as error:
             raise StorageError(f"Can't read {path.name}: {error.strerror}.") from error
 
-        def load(index: int) -> bytes:
-            return protocol.frame(index, read_piece(descriptor, manifest, index, path))
-
         num_bytes = 0
         index = next(indices, None)
 
         def begin() -> None:
             nonlocal index, num_bytes
             assert index is not None, "there are more"
-            ahead.begin(partial(load, index))
+            ahead.begin(partial(read_piece, descriptor, manifest, index, path))
             num_bytes += manifest.pieces[index][0]
             index = next(indices, None)
 
@@ -384,6 +381,7 @@ class Server:
         """Ask for the pieces that are missing, and write them as they come."""
         ranges = await threads.do(incoming.missing)
         await context.write(protocol.encode(Wanted(ranges)))
+        indices = in_ranges(ranges, incoming.manifest)
         left = sum(end - begin for begin, end in ranges)
         coming = 0
         with self._budget.share(caller.member) as share:
@@ -396,9 +394,9 @@ class Server:
                     await context.write(protocol.encode(Grant(more)))
                     left, coming = left - more, coming + more
                 if coming:
-                    index, payload = protocol.unframe(await self._read(context))
+                    payload = await self._read(context)
                     coming -= 1
-                    threads.begin(partial(incoming.write, index, payload))
+                    threads.begin(partial(incoming.write, next(indices), payload))
                     del payload
                 if threads and (len(threads) > AHEAD or not coming):
                     await threads.next()
