@@ -2,8 +2,10 @@
 """Files over mutual TLS on loopback, beside the floor: a bare TLS socket, with hash and disk; settings in README.md.
 
 python benchmarks/transport.py [--mib 1024] [--repeat 3] [--clients 1]
+python benchmarks/transport.py --mib 64 --repeat 5 --delay-ms 100 --mbit 800     what a file uses of such a link
 
-Server and clients are processes of their own; this one times them and samples /proc/PID/status every 10 ms.
+Server and clients are processes of their own; this one times them and samples /proc/PID/status every 10 ms. Over the
+link one process sends a file several times, a second apart: first it has to dial, then it has dialled ahead.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from hansa.transport.memory import tune_allocator
 from hansa.transport.messages import Attend, Done, Follow, Get, JobEvent, Message, Offer, Ring
 from hansa.transport.pieces import Incoming, Manifest, describe
 from hansa.transport.server import Destination, serve
+from slow_link import SlowLink
 
 MIB = 1 << 20
 
@@ -91,6 +94,22 @@ async def be_client(folder: Path, port: str, name: str, direction: str) -> None:
             await connection.download("j", manifest.digest, folder / f"down-{name}")
         print("done", flush=True)
         await asyncio.to_thread(told)
+
+
+async def be_repeater(folder: Path, port: str, repeat: str) -> None:
+    """Send a file and fetch it, again and again, each time another to the other side; tell the seconds."""
+    manifest = describe(folder / "file")
+    for direction in ("up", "down"):
+        async with Connection(Kit(folder / "s00"), f"127.0.0.1:{port}", proxy="") as connection:
+            for _ in range(int(repeat)):
+                began = time.perf_counter()
+                if direction == "up":
+                    await connection.upload("j", "t", folder / "file", manifest)
+                else:
+                    await connection.download("j", manifest.digest, folder / "down-s00", durable=False)
+                print(time.perf_counter() - began, flush=True)
+                (folder / f"{direction}-s00").unlink()
+                await asyncio.sleep(1.0)
 
 
 def bare(folder: Path, name: str, purpose: ssl.Purpose) -> ssl.SSLContext:
@@ -214,6 +233,24 @@ def measured(folder: Path, path: str, clients: int, mib: int) -> tuple[float, fl
     return gib * 1.073741824 / seconds, used[0] / gib, sum(used[1:]) / gib, peaks[0], max(peaks[1:])
 
 
+def over_link(folder: Path, args: argparse.Namespace) -> None:
+    """Print what a file takes over a link, and how much of the link's rate that is."""
+    server = child("hansa-server", str(folder), "")
+    link = SlowLink(int(line(server)), args.delay_ms / 1000, args.mbit * 1e6 / 8)
+    client = child("hansa-repeater", str(folder), str(link.port), str(args.repeat))
+    alone = args.mib * MIB / (args.mbit * 1e6 / 8)
+    print(f"The link alone: {alone:.2f} s\n| path | s, first | of the link | s, then, median | of the link |")
+    print("|---|---|---|---|---|")
+    for direction in ("up", "down"):
+        first, *rest = (float(line(client)) for _ in range(args.repeat))
+        median = statistics.median(rest)
+        print(f"| {direction} | {first:.2f} | {alone / first:.0%} | {median:.2f} | {alone / median:.0%} |", flush=True)
+    client.wait()
+    link.close()
+    tell(server)
+    server.wait()
+
+
 def provision(folder: Path, mib: int, clients: int) -> None:
     authority = Authority.create(folder / "authority", "lab")
     for i in range(clients):
@@ -230,6 +267,8 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1])
+    parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--mbit", type=float, default=0.0)
     parser.add_argument("--role", nargs="+")
     args = parser.parse_args()
     if args.role:
@@ -238,6 +277,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="hansa-transport-"))
     try:
         provision(folder, args.mib, max(args.clients))
+        if args.mbit:
+            over_link(folder, args)
+            return
         print(
             "| path | clients | GB/s, median (least to most) | server CPU s/GiB | client CPU s/GiB "
             "| peak RssAnon MiB, server | client |"
@@ -266,6 +308,8 @@ def be(role: str, folder: str, *args: str) -> None:
             asyncio.run(be_server(Path(folder)))
         case "hansa-client":
             asyncio.run(be_client(Path(folder), *args))
+        case "hansa-repeater":
+            asyncio.run(be_repeater(Path(folder), *args))
         case "bare-server":
             be_bare_server(Path(folder), args[0] == "hash+disk")
         case "bare-client":

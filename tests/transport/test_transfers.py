@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -499,18 +501,27 @@ async def test_a_slow_disk_holds_the_network_back(
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
 
 
-async def test_a_large_transfer_leaves_no_connection_behind(
-    dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """gRPC keeps the buffers of the largest reads until a connection ends: memory would grow with the sites."""
-    channels = []
+@pytest.fixture
+def channels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All channels that are made."""
+    found: list[Any] = []
     secure_channel = grpc.aio.secure_channel
 
     def noted(*arguments: object) -> object:
-        channels.append(secure_channel(*arguments))
-        return channels[-1]
+        found.append(secure_channel(*arguments))
+        return found[-1]
 
     monkeypatch.setattr(grpc.aio, "secure_channel", noted)
+    return found
+
+
+READY, SHUTDOWN = grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN
+
+
+async def test_a_large_transfer_has_a_connection_that_was_dialled_ahead_and_ends_with_it(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, channels: list[Any]
+) -> None:
+    """gRPC keeps the buffers of the largest reads until a connection ends: memory would grow with the sites."""
     small = tmp_path / "small"
     small.write_bytes(b"x" * 1000)
     async with dial() as connection:
@@ -520,8 +531,59 @@ async def test_a_large_transfer_leaves_no_connection_behind(
         await connection.upload("j", "t", file, describe(file))
         manifest = depot.put(file)
         await connection.download("j", manifest.digest, tmp_path / "back")
-        states = [channel.get_state() for channel in channels]
-        assert states == [grpc.ChannelConnectivity.READY] + 2 * [grpc.ChannelConnectivity.SHUTDOWN]
+        assert len(channels) == 4, "the download had the one that the upload left, and left another"
+        states = [channel.get_state() for channel in channels[:3]]
+        assert states == [READY, SHUTDOWN, SHUTDOWN]
+    assert [channel.get_state() for channel in channels] == 4 * [SHUTDOWN]
+
+
+async def test_a_connection_dialled_ahead_is_not_kept_for_long(
+    dial: Dial, channels: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "WARM_S", 0.05)
+    async with dial() as connection:
+        connection.warm()
+        connection.warm()
+        await asyncio.sleep(0)
+        assert len(channels) == 1
+        async with asyncio.timeout(20):
+            while (state := channels[0].get_state()) is not SHUTDOWN:
+                await channels[0].wait_for_state_change(state)
+        connection.warm()
+        await asyncio.sleep(0)
+        assert len(channels) == 2
+
+
+async def test_a_connection_dialled_ahead_with_a_certificate_that_was_renewed_is_not_used(
+    dial: Dial, depot: Depot, federation: Federation, file: Path, channels: list[Any]
+) -> None:
+    async with dial() as connection:
+        connection.warm()
+        federation.renew(federation.site)
+        federation.tell(federation.server)
+        await connection.upload("j", "t", file, describe(file))
+        assert channels[0].get_state() is SHUTDOWN
+    assert len(depot.stored) == 1
+
+
+async def test_a_connection_dialled_ahead_in_vain_stands_in_nobodys_way(
+    federation: Federation, depot: Depot, file: Path, channels: list[Any]
+) -> None:
+    """The server was not there yet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        async with Connection(federation.site, f"127.0.0.1:{port}", proxy="") as connection:
+            connection.warm()
+            async with asyncio.timeout(20):
+                await asyncio.wait({connection._warm.dialling})  # type: ignore[union-attr]
+            free.close()
+            server = await serve(depot, federation.server, "127.0.0.1", port)
+            try:
+                await connection.upload("j", "t", file, describe(file))
+            finally:
+                await server.stop()
+    assert len(depot.stored) == 1
 
 
 async def test_slow_sites_take_up_nobodys_turn(

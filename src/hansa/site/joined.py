@@ -71,7 +71,7 @@ from hansa.site.outbox import Entry, Outbox, Outcome
 from hansa.site.settings import SiteSettings
 from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
-from hansa.transport.client import Connection
+from hansa.transport.client import LARGE_BYTES, Connection
 from hansa.transport.messages import MAIL, PHASES, Assignment, Inspected, Missing, Posting
 from hansa.transport.pieces import Manifest, describe
 from hansa.transport.protocol import decode
@@ -175,7 +175,7 @@ class JoinedJob:
                     found = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
                     assert isinstance(found, messages.Inspected), found
                     return Outcome(inspected=Inspected(found.counts, found.labels))
-                return await self._perform(job, given, *plan, out)
+                return await self._perform(connection, job, given, *plan, out)
         except (PolicyError, WireError) as error:
             return refused(self._filtered(given, error.message))
         except SiteError as error:
@@ -363,6 +363,7 @@ class JoinedJob:
             if given.inline:
                 await whole(partial(self._put, path, given, most), len(given.inline))
             elif not await whole(partial(_is_whole, path, given)):
+                connection.warm()
                 await self._fetch(connection, given.plan, path, await whole(self._other_plans), most, durable=False)
             self._sound.add(path)
         return path
@@ -432,7 +433,9 @@ class JoinedJob:
         if given.kind != "train" or not self._spares.take(out, needed) or out.stat().st_size < needed:
             _check_room(out, needed)
 
-    async def _perform(self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path) -> Outcome:
+    async def _perform(
+        self, connection: Connection, job: Job, given: Assignment, path: Path, plan: Plan, out: Path
+    ) -> Outcome:
         assert self._history is not None, "the job was joined"
         once = given.kind == "train" and budget.draws_noise(job) and job.secret_sums is None
         self._history.check(given, once=once)
@@ -463,6 +466,8 @@ class JoinedJob:
         if isinstance(answer, Absent):
             return Outcome(missing=Missing(answer.kind, _shortened(await whole(partial(self._reason, given, answer)))))
         assert isinstance(answer, Answered), answer
+        if answer.spooled and path.stat().st_size > LARGE_BYTES:
+            connection.warm()  # the update is checked and made durable meanwhile
         if not answer.spooled:
             empty = Update(
                 self._site,

@@ -10,7 +10,8 @@ the server's certificate expired                 UnreachableError, after patienc
 nothing moves for ``stall_s``, connection open   a new connection; a transfer goes on where it was
 killed during a download                         the next one with the same path goes on where it was
 our certificate is renewed                       a new connection for what comes next; old streams get a minute
-a large transfer                                 has a connection of its own, which ends with it
+a large transfer                                 has a connection of its own, which ends with it; another is dialled
+                                                 for the next one, and ends if none comes within ``WARM_S``
 a piece with other bytes than its digest says    ChecksumError: TLS came through, so the file at its sender is damaged
 ===============================================  ================================================================
 """
@@ -26,6 +27,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -66,7 +68,10 @@ STALL_S = 30.0
 PAUSE_S, MAX_PAUSE_S = 0.2, 10.0
 LEAVE_S = 60.0
 LARGE_BYTES = 4 << 20
-"""A larger transfer has a connection of its own: gRPC keeps buffers of its largest reads until a connection ends."""
+"""A larger transfer has a connection of its own: calls don't wait behind it, and gRPC keeps buffers of a connection's
+largest reads until that ends."""
+WARM_S = 60.0
+"""How long a connection that was dialled ahead, which saves two round trips or three, waits for a large transfer."""
 AHEAD = 2
 """Pieces of a stream that are read or written while another is on the network."""
 
@@ -113,6 +118,7 @@ class Connection:
         self._identity: _Identity | None = None
         self._opening = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
+        self._warm: _Warm | None = None
         self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
 
     async def __aenter__(self) -> Connection:
@@ -121,6 +127,8 @@ class Connection:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._warm is not None:
+            await self._forsake(self._warm)
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
@@ -247,6 +255,21 @@ class Connection:
         send = partial(self._send, offer, path, manifest, progress, sent)
         await self._patiently(send, "Upload", lambda: len(sent))
 
+    def warm(self) -> None:
+        """Dial, beside whatever else goes on, for a large transfer that is to come; it need not."""
+        if self._warm is not None:
+            return
+
+        def end() -> None:
+            self._warm = None
+            task = asyncio.create_task(self._forsake(waiting))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+        identity = self._identity_now()
+        dialling = asyncio.create_task(self._dial(identity))
+        waiting = self._warm = _Warm(identity, dialling, asyncio.get_running_loop().call_later(WARM_S, end))
+
     async def _manifest(self, job: str, digest: str) -> Manifest:
         data = bytearray()
         async with self._stream("Download") as call:
@@ -345,8 +368,9 @@ class Connection:
     @contextlib.asynccontextmanager
     async def _stream(self, name: str, *, own: bool = False) -> AsyncIterator[Any]:
         """Open a stream, over a connection of its own if so wished, and end it on leaving."""
-        channel = await (self._dial(self._identity_now()) if own else self._open())
+        channel = await (self._lent() if own else self._open())
         call = channel.stream_stream(protocol.path_of(name))(metadata=protocol.METADATA)
+        sound = False
         try:
             with _as_ours():
                 try:
@@ -354,12 +378,15 @@ class Connection:
                 except asyncio.InvalidStateError:  # a write after the other side ended the call: a read says why
                     await call.read()
                     raise _LostError("the server ended the call") from None
+            sound = True
         except _StalledError:
             self._leave(channel)
             raise
         finally:
             call.cancel()
             if own:
+                if sound:
+                    self.warm()
                 await channel.close(None)
 
     async def _frames(self, call: Any) -> AsyncIterator[bytes]:
@@ -445,6 +472,26 @@ class Connection:
             raise
         return channel
 
+    async def _lent(self) -> Any:
+        """Return a channel, connected, that nobody else uses; it is the caller's to close."""
+        identity = self._identity_now()
+        if (waiting := self._warm) is not None:
+            self._warm = None
+            waiting.end.cancel()
+            with contextlib.suppress(_LostError):
+                channel = await waiting.dialling
+                if waiting.identity == identity and channel.get_state() is grpc.ChannelConnectivity.READY:
+                    return channel
+                await channel.close(None)
+        return await self._dial(identity)
+
+    async def _forsake(self, waiting: _Warm) -> None:
+        """Close a channel that was dialled ahead."""
+        waiting.end.cancel()
+        waiting.dialling.cancel()
+        with contextlib.suppress(_LostError, asyncio.CancelledError):
+            await (await waiting.dialling).close(None)
+
     def _identity_now(self) -> _Identity:
         return (*self._kit.pair(), self._kit.authority_pem(), self._kit.server_name)
 
@@ -473,6 +520,7 @@ class Connection:
             ("grpc.enable_retries", 0),
             ("grpc.max_receive_message_length", protocol.MAX_AGENDA_BYTES),
             ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
+            *protocol.READ_OPTIONS,
             ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
             ("grpc.http2.bdp_probe", 0),  # gRPC's own tuning would hold hundreds of MiB where the disk is the slower
             ("grpc.keepalive_time_ms", round(self._stall_s * 500)),
@@ -488,6 +536,15 @@ class Connection:
             task = asyncio.create_task(channel.close(LEAVE_S))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
+
+
+@dataclass(frozen=True)
+class _Warm:
+    """A channel that was dialled ahead: by which certificate, and what ends the waiting."""
+
+    identity: _Identity
+    dialling: asyncio.Task[Any]
+    end: asyncio.TimerHandle
 
 
 class _LostError(Exception):

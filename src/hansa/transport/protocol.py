@@ -33,6 +33,9 @@ MAX_AGENDA_BYTES = 64 << 20
 FRAME_BYTES = 1 << 20
 BEAT = b""
 
+READ_OPTIONS = [(f"grpc.experimental.tcp_{name}read_chunk_size", 64 << 10) for name in ("", "min_", "max_")]
+"""What gRPC reads at a time; by itself it comes to take 4 MiB for each connection that files arrive on."""
+
 _M = TypeVar("_M", bound=Message)
 
 

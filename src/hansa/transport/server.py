@@ -156,6 +156,7 @@ class Server:
                 ("grpc.max_receive_message_length", protocol.MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", protocol.MAX_AGENDA_BYTES),
                 ("grpc.max_concurrent_streams", CALLS_PER_PEER),
+                *protocol.READ_OPTIONS,
                 ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.keepalive_time_ms", 30_000),
