@@ -175,7 +175,7 @@ class JoinedJob:
                     found = await self._worker.ask(job, lambda ticket, n: Inspect(ticket, n, self._site))
                     assert isinstance(found, messages.Inspected), found
                     return Outcome(inspected=Inspected(found.counts, found.labels))
-                return await self._perform(connection, job, given, *plan, out)
+                return await self._perform(job, given, *plan, out, connection)
         except (PolicyError, WireError) as error:
             return refused(self._filtered(given, error.message))
         except SiteError as error:
@@ -434,7 +434,7 @@ class JoinedJob:
             _check_room(out, needed)
 
     async def _perform(
-        self, connection: Connection, job: Job, given: Assignment, path: Path, plan: Plan, out: Path
+        self, job: Job, given: Assignment, path: Path, plan: Plan, out: Path, connection: Connection
     ) -> Outcome:
         assert self._history is not None, "the job was joined"
         once = given.kind == "train" and budget.draws_noise(job) and job.secret_sums is None
