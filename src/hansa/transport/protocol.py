@@ -34,7 +34,7 @@ FRAME_BYTES = 1 << 20
 BEAT = b""
 
 READ_OPTIONS = [(f"grpc.experimental.tcp_{name}read_chunk_size", 64 << 10) for name in ("", "min_", "max_")]
-"""How much gRPC reads at a time; by itself it comes to take up to 4 MiB, which costs both ends a twentieth more time."""
+"""How much gRPC reads at a time; by itself it comes to take up to 4 MiB, and both ends a twentieth more time."""
 
 _M = TypeVar("_M", bound=Message)
 
