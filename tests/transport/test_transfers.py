@@ -181,7 +181,7 @@ async def test_a_client_that_is_killed(
         )  # fmt: skip
         await asyncio.wait_for(halfway.wait(), 60)
         part = tmp_path / "back.part"
-        while not part.exists() or part.stat().st_size < 6 * PIECE_BYTES:
+        while not part.exists() or part.stat().st_size < (6 + client.AHEAD) * PIECE_BYTES:  # some before it may lack
             await asyncio.sleep(0.01)
         child.kill()
         child.wait()
