@@ -237,6 +237,24 @@ def test_adam_is_refused_at_prepare_where_the_task_is_known(tmp_path):
     refused(tmp_path, code, "scaffold", "AdamW takes others")
 
 
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_the_first_fsdp_is_refused_where_gradients_are_corrected(tmp_path, use_orig_params):
+    """With its tensors' own names, too: each process has a stretch of a flat one, whatever the names say."""
+    code = f"""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    import hansa.client as flare
+    from model import make
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    flare.init()
+    flare.receive()
+    model = FullyShardedDataParallel(make(), device_id=torch.device("cpu"), use_orig_params={use_orig_params})
+    flare.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    """
+    refused(tmp_path, code, "scaffold", "makes one flat one of them. Use torch.distributed.fsdp.fully_shard (FSDP2)")
+
+
 def test_an_update_from_a_script_that_did_not_prepare_is_refused(tmp_path):
     code = SCRIPT.replace("flare.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))", f"model, {SGD}")
     for strategy in ("scaffold", {"name": "fedprox", "mu": 0.1}):

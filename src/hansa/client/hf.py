@@ -168,7 +168,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         """Load the received model into what the trainer has wrapped, and see the optimiser's steps."""
         self._wrapped = True
         self._load()
-        Stepping(self._session, models.parameters(self._trainer.model_wrapped), self._trainer.optimizer)
+        Stepping(self._session, self._trainer.model_wrapped, self._trainer.optimizer)
 
     def _task(self) -> Mapping[str, Any]:
         session = self._session

@@ -149,7 +149,7 @@ class FLCallback(Callback):  # type: ignore[misc]
             if self._session.assignment.correction is not None:
                 raise JobError("A strategy that acts on steps needs a module with one optimiser.")
         elif trainer.optimizers:
-            Stepping(self._session, models.parameters(_model(trainer, pl_module)), trainer.optimizers[0])
+            Stepping(self._session, _model(trainer, pl_module), trainer.optimizers[0])
         if self._restore and self._kept is not None:
             for owner, state in zip(_stateful(trainer), self._kept, strict=True):
                 owner.load_state_dict(state)

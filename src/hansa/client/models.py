@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from hansa.client import ranks
 from hansa.errors import ModelError, nearest
@@ -42,6 +42,11 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     found = _named(model)
     names = _adapter(model, found)
     return found if names is None else {short: found[long] for short, long in names.items()}
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Say whether a part of the model is under the first FSDP, which makes one flat tensor of many."""
+    return any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:

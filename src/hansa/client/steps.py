@@ -16,6 +16,7 @@ The script's loop stays as it is. A job says ``recipe.steps = "prepared"``, and 
 | ``GradScaler`` skips a step | it is not counted |
 | gradients accumulated over several batches | one step, corrected once |
 | several processes (DDP, FSDP2) | every rank corrects its gradients, or its shards of them, alike |
+| the first FSDP, which makes one flat tensor of many, and a strategy that corrects | JobError before the first step |
 | a parameter that the shared model lacks | left alone |
 | ``prepare`` in every round, or once | the same |
 | a job under dp-sgd | as :mod:`hansa.client.private` says |
@@ -65,7 +66,7 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any = No
     if session.assignment is None and session.rank == 0 and ranks.world() == 1:
         session.wait()
     restore(optimizer)
-    Stepping(session, models.parameters(model), optimizer, _length(loader))
+    Stepping(session, model, optimizer, _length(loader))
     if session.assignment is not None and session.assignment.private is not None:
         loader = PrivateSteps(session, model, optimizer, loader).loader
     return (model, optimizer) if loader is None else (model, optimizer, loader)
@@ -82,9 +83,7 @@ _hooked: weakref.WeakKeyDictionary[torch.optim.Optimizer, Stepping] = weakref.We
 class Stepping:
     """The hooks on one optimiser: they correct gradients, and count steps and learning rates a task."""
 
-    def __init__(
-        self, session: Session, tensors: Mapping[str, Tensor], optimizer: Any, num_examples: int | None = None
-    ) -> None:
+    def __init__(self, session: Session, model: nn.Module, optimizer: Any, num_examples: int | None = None) -> None:
         while hasattr(optimizer, "optimizer"):  # accelerate's and Lightning's wrappers
             optimizer = optimizer.optimizer
         previous = _hooked.get(optimizer)
@@ -92,7 +91,8 @@ class Stepping:
             previous.remove()
         _hooked[optimizer] = self
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._all = {name: p for name, p in tensors.items() if id(p) in moved}
+        self._all = {name: p for name, p in models.parameters(model).items() if id(p) in moved}
+        self._flat = models.is_flat(model)
         self._tensors: Mapping[str, Tensor] = {}
         self._session = session
         self._num_examples = num_examples
@@ -182,6 +182,11 @@ class Stepping:
     def _check(self, optimizer: torch.optim.Optimizer, strategy: Strategy | None) -> None:
         if strategy is not None and isinstance(optimizer, torch.optim.LBFGS):
             raise JobError(f"The strategy {strategy.name!r} can't correct the gradients of L-BFGS's inner steps.")
+        if strategy is not None and self._flat:
+            raise JobError(
+                f"The strategy {strategy.name!r} corrects the gradient of each tensor, and FullyShardedDataParallel "
+                "makes one flat one of them. Use torch.distributed.fsdp.fully_shard (FSDP2), DDP, or one process."
+            )
         if strategy is None or Trait.PLAIN_STEPS not in strategy.traits:
             return
         why = ""
