@@ -130,6 +130,7 @@ class JoinedJob:
             raise storage.full(directory, error) from error
         self._histories = histories
         self._history: History | None = None
+        self._mail: Mail
         self._account: budget.Account | None = None
         self._examples: int | None = None
         self._charged: int | None = None
