@@ -33,8 +33,9 @@ setup: .venv/.ready
 quickstart: setup
 	$(BIN)/hansa quickstart
 
+# The tests start hundreds of processes: where the surroundings forbid bytecode, each would compile its libraries anew.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-postgres: setup
 	$(BIN)/python -m pytest -m postgres -rs tests/server
