@@ -199,8 +199,8 @@ async def test_whoever_stops_between_any_two_steps_goes_on(tmp_path, monkeypatch
         await strike(self._site, given)
         return outcome
 
-    async def performing(self, job, given, path, plan, out):
-        outcome = await perform(self, job, given, path, plan, out)
+    async def performing(self, job, given, path, plan, out, connection):
+        outcome = await perform(self, job, given, path, plan, out, connection)
         await strike(self._site, given)
         return outcome
 
