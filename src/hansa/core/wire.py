@@ -271,7 +271,7 @@ def open_parts(path: Path, *, lazily: bool = False) -> tuple[Envelope, dict[str,
 class _Stored:
     """The tensors of a value in an open file.
 
-    The block that was read last is kept: who reads in steps that are not this file's needs each one twice in a row.
+    A block that was read in part is kept: who reads in steps that are not this file's needs each one twice in a row.
     """
 
     def __init__(self, path: Path, descriptor: int, begin: int, envelope: Envelope) -> None:
@@ -298,7 +298,7 @@ class _Stored:
         dtype = trees.dtype_of(spec.dtype)
         index, begin = self._places[part, name]
 
-        def block(number: int) -> Array:
+        def block(number: int, stop: int) -> Array:
             last = self._last  # one look: threads share it
             if last is not None and last[0] == (index, number):
                 return last[1]
@@ -310,14 +310,14 @@ class _Stored:
             _check_frame(head, index, offset, length, where)
             _check_payload(head, payload, dtype, where)
             found = np.frombuffer(payload, dtype)
-            self._last = (index, number), found
+            self._last = ((index, number), found) if stop < min((number + 1) * trees.BLOCK, spec.size) else None
             return found
 
         def read(start: int, stop: int, memo: Memo) -> Array:
             if start == stop:
                 return np.empty(0, dtype)
             edges = range(start - start % trees.BLOCK, stop, trees.BLOCK)
-            found = [block(edge // trees.BLOCK)[max(start - edge, 0) : stop - edge] for edge in edges]
+            found = [block(edge // trees.BLOCK, stop)[max(start - edge, 0) : stop - edge] for edge in edges]
             return found[0] if len(found) == 1 else np.concatenate(found)
 
         return Leaf(spec.shape, dtype, read)
