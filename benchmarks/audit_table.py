@@ -125,7 +125,7 @@ def _inversion(repeats: int) -> bool:
     print("|---|---|---|---|---|---|")
     local = {"mechanism": "local", "clip": 1.0, "noise_multiplier": 0.1, "delta": 1e-5}
     rows: Mapping[str, dict[str, Any]] = {
-        "none": {},
+        "none": {"secure_aggregation": False},
         "clip 1, noise .1 at the site": {"privacy": local},
         "masks": {"secure_aggregation": {"minimum": 3}},
     }
