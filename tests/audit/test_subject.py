@@ -91,7 +91,7 @@ def test_updates_are_clipped_and_sums_are_noised(tmp_path: Path) -> None:
             for name, leaf in released[0].sums["delta"].items()
         ]
     )
-    assert 0.3 < difference.std() < 0.75, "the noise of 0.5 is in what is released"
+    assert 0.2 < difference.std() < 0.9, "the noise of 0.5 is in what is released"
 
 
 def test_the_server_sees_masked_vectors_only(tmp_path: Path) -> None:

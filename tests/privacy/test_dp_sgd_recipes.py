@@ -17,6 +17,7 @@ from torch import Tensor
 from hansa.client.clipped import PROBES, Clipper
 from hansa.core.config import parse
 from hansa.errors import FitError, ModelError
+from hansa.privacy.draws import KEY_BYTES, Secret
 from hansa.privacy.plan import SLACK
 from hansa.privacy.steps import NoisySteps
 from hansa.runs.run import list_runs
@@ -163,7 +164,7 @@ def test_training_is_the_optimiser_on_clipped_sums_over_the_batches_drawn(
     def quiet(count: int) -> NoisySteps:
         drawn = noisy(count)
         silent = drawn.terms.section.model_copy(update={"noise_multiplier": 0.0})
-        made.append(NoisySteps(type(drawn.terms)(silent, 3, 0.8), count, 3))
+        made.append(NoisySteps(type(drawn.terms)(silent, 3, 0.8), count, 3, Secret(bytes(KEY_BYTES))))
         return made[-1]
 
     noisy = built._noisy

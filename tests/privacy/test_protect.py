@@ -149,10 +149,10 @@ def test_cohorts_are_poisson_samples():
 @pytest.mark.parametrize("quantile", [0.25, 0.5, 0.9])
 def test_an_adaptive_clip_follows_the_quantile_of_the_norms(quantile):
     """Norms are lognormal; the clip ends at their quantile whether it begins far below or far above."""
-    norms = np.random.default_rng(1).lognormal(0.0, 1.0, 500)
+    norms = np.random.default_rng(1).lognormal(0.0, 1.0, 200)
     wanted = float(np.quantile(norms, quantile))
     for begin in (wanted / 30, wanted * 5):
-        plan = terms(clip=begin, noise_multiplier=0.3, adaptive_clip={"quantile": quantile})
+        plan = terms(clip=begin, noise_multiplier=0.3, adaptive_clip={"quantile": quantile, "noise": 2.0})
         strategy = protected(fedavg(), plan, Secret.fresh())
         piece = bounded(plan)
         model = Model.start({"w": np.zeros(1)})
@@ -250,7 +250,7 @@ def test_a_job_without_noise_to_speak_of_is_fedavg_over_clipped_updates(tmp_path
 
 
 def test_a_private_run_tells_what_it_promises_and_no_more(tmp_path):
-    done = run(toys.job(rounds=3, output={"dir": str(tmp_path)}, privacy=PRIVATE, cohort={"sample": 0.5}))
+    done = run(toys.job(rounds=8, output={"dir": str(tmp_path)}, privacy=PRIVATE, cohort={"sample": 0.5}))
     report = done.report
     assert report["privacy"]["claims"][0]["adversary"] == "the public"
     assert all(site["labels"] == {} for site in report["sites"])
@@ -259,7 +259,7 @@ def test_a_private_run_tells_what_it_promises_and_no_more(tmp_path):
         for metrics in record["site_metrics"].values():
             assert not {"train_loss", "train_examples"} & metrics.keys()
         assert (record["asked"], record["accepted"], record["bytes_up"]) == ([], [], 0)
-    assert any(record["asked"] for record in done.records), "the operator knows"
+    assert any(record["asked"] for record in done.records), "the operator knows; nobody in 8 rounds is 1 in 2^24"
     page = (done.directory / "report.html").read_text()
     assert "against the public rests on it" in page
     assert list(done.directory.rglob("*.key")) == [], "the secret goes when the run is finished"

@@ -63,5 +63,5 @@ def test_masks_stop_gradient_inversion():
             chance.append(attacked(decoded(noise), examples[place]))
     assert min(plain) > 1 - 1e-9
     assert stats.ks_2samp(masked, chance).pvalue > 1e-7
-    assert np.mean(masked) < np.mean(chance) + 6 * np.std(chance) / np.sqrt(len(chance))
+    assert np.mean(masked) < np.mean(chance) + 9 * np.std(chance) / np.sqrt(len(chance))
     assert stats.ks_2samp(plain, chance).pvalue < 1e-9, "the test can tell"
