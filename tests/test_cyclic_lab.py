@@ -295,6 +295,8 @@ class Cheat:
                 letter = encode(Posting(SERVER, b""))
             if self._how(plan) == "for a stranger":
                 letter = encode(Posting("eve", b""))
+            if self._how(plan) == "too long":
+                letter = bytes(sealed.MAX_BYTES * 2)
             if self._how(plan) == "for another key":
                 thief = Identities(Kit(self._federation.site("s2")))
                 forged = sealed.address(sealed.new_key(), peers._place(plan), "s1", thief)
@@ -311,6 +313,7 @@ CHEATS = {
     "asks for an update": ("s0", "the model goes from site to site"),
     "too early": ("s0", "after 1 turns; the signed job's quorum is 2"),
     "for a stranger": ("s0", "'eve' is no peer of this site"),
+    "too long": ("s0", "The message has 262,144 bytes; this site allows 132,096"),
     "for another key": ("s0", "that of site/s2, not of site/s1"),
 }
 """What the server does, a round each: who refuses it, and what is said."""

@@ -36,11 +36,14 @@ def job(tmp_path: Path, **values):
 
 
 async def test_the_model_is_that_of_a_simulation_and_one_site_had_the_key(tmp_path):
-    """Updates are files of several pieces, the sum is opened in two parts, and the key site was not drawn to train."""
+    """Updates are files of several pieces, and the sum is opened in two parts, larger than what sites allow of a model.
+
+    The key site was not drawn to train.
+    """
     drawn = {"cohort": {"sites": list(SITES), "sample": 3}, "seed": 1}
     asked = job(tmp_path, recipe={"size": 140_000, "varied": True}, baselines={"base": True, "local": False}, **drawn)
     async with loopback(tmp_path, SITES) as federation:
-        await attended(federation)
+        await attended(federation, max_model_bytes=1_300_000)
         async with federation.lead() as lead:
             id = await lead.submit(asked)
             view = await lead.wait(id)

@@ -11,8 +11,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from threading import Barrier, Lock
+from typing import Any
 
 import hypothesis.strategies as st
+import obstore
 import pytest
 from hypothesis import given
 
@@ -176,6 +179,49 @@ def test_all_that_leads_to_a_kept_file_is_synced_and_later_only_what_is_new(
 
 
 # The store
+
+
+def test_small_files_are_put_at_once_and_large_ones_one_after_another(
+    bucket: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each small one waits until all of them are on their way; of the large ones no two are."""
+    small, large = ["u/1", "u/2", "u/3"], ["u/4", "u/5"]
+    for key in (*small, *large):
+        write(tmp_path / "one" / key, key.encode() * (2_000_000 if key in large else 1))
+    all_at_once, alone, put = Barrier(len(small)), Lock(), obstore.put
+
+    def waiting(store: Any, name: str, data: Path, **options: Any) -> Any:
+        if name.removeprefix("kept/") in small:
+            all_at_once.wait(timeout=60)
+            return put(store, name, data, **options)
+        assert alone.acquire(blocking=False)
+        try:
+            return put(store, name, data, **options)
+        finally:
+            alone.release()
+
+    monkeypatch.setattr(obstore, "put", waiting)
+    bucket(tmp_path / "one").keep(*small, *large)
+    other = bucket(tmp_path / "other")
+    for key in (*small, *large):
+        assert other.fetch(key).read_bytes() == (tmp_path / "one" / key).read_bytes()
+
+
+def test_of_files_that_are_put_at_once_one_that_fails_is_told(
+    bucket: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = obstore.put
+
+    def failing(store: Any, name: str, data: Path, **options: Any) -> Any:
+        if name == "kept/u/2":
+            raise OSError("refused")
+        return put(store, name, data, **options)
+
+    for key in ("u/1", "u/2", "u/3"):
+        write(tmp_path / key, b"update")
+    monkeypatch.setattr(obstore, "put", failing)
+    with pytest.raises(StorageError, match="could not do it: refused"):
+        bucket(tmp_path).keep("u/1", "u/2", "u/3")
 
 
 def test_an_empty_disk_gets_its_files_back(bucket: Open, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
@@ -36,6 +37,7 @@ import msgspec
 from blake3 import blake3
 
 from hansa.core import storage
+from hansa.core import tree as trees
 from hansa.errors import MissingExtraError, StorageError, VersionError
 from hansa.server.settings import ServerSettings
 
@@ -49,6 +51,9 @@ SKIPPED = ("work", ".lock")
 
 _PART_BYTES = 16 << 20
 _MAX_PARTS = 10_000
+
+_AT_ONCE = 8
+"""How many small files are put at once; each is in memory, whole, meanwhile."""
 
 
 class Blobs(Protocol):
@@ -175,11 +180,20 @@ class Bucket:
         return self._folder.path(key)
 
     def keep(self, *keys: str) -> None:
-        """Sync the files, then put them into the store."""
+        """Sync the files, then put them into the store: small ones some at once, as each waits for an answer."""
         self._folder.keep(*keys)
+        with _reported(self._folder.directory):
+            small = [key for key in keys if self.path(key).stat().st_size <= trees.LARGE]
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            for put in [threads.submit(self._keep, key) for key in small]:
+                put.result()
         for key in keys:
-            with _reported(self.path(key)):
-                self._put(f"kept/{key}", self.path(key))
+            if key not in small:
+                self._keep(key)
+
+    def _keep(self, key: str) -> None:
+        with _reported(self.path(key)):
+            self._put(f"kept/{key}", self.path(key))
 
     def fetch(self, key: str) -> Path:
         """Get the file from the store if it is not in the folder."""

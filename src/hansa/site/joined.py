@@ -20,6 +20,7 @@
 | the roster changes | the signature is checked again before the next task: a revoked signer's job is refused |
 | the server changes its mind about what was signed | ``refused``: a job has one bundle |
 | a plan or message that is not of the digest it was announced by | ``refused`` |
+| a plan above ``max_model_bytes``, a message above what its protocol needs | ``refused``; no file is fetched |
 | another plan for a round that was answered; the signed job under another id | ``refused`` (`hansa.site.history`) |
 | the data's privacy budget does not allow the round | ``refused``, before it is trained (`hansa.site.budget`) |
 | a message of secure aggregation that the protocol refuses, or a job without it | ``refused``, with the reason |
@@ -58,6 +59,7 @@ from hansa.errors import (
     WireError,
 )
 from hansa.homomorphic import protocol
+from hansa.pki import sealed
 from hansa.pki.identities import Identities
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
@@ -87,6 +89,9 @@ REASON_LENGTH = 4000
 
 MOST_BYTES = 1 << 40
 """The largest plan or bundle that is fetched where the site's policy has no ``max_model_bytes``: 1 TiB."""
+
+_POSTING_BYTES = sealed.MAX_BYTES + (1 << 10)
+"""The longest message that asks to post: an address, and whose it is."""
 
 _SPARE_BYTES = 16 << 20
 _MASKED = 4
@@ -298,8 +303,8 @@ class JoinedJob:
         phases = MaskPhase if job.homomorphic_encryption is None else KeyPhase
         if section is None or given.kind not in get_args(phases):
             raise PolicyError("The server begins a secret sum of a kind that the signed job does not have.")
-        path = await self._received(connection, given)
-        letter = await whole(path.read_bytes)
+        most = MAX_BYTES if job.homomorphic_encryption is None else protocol.MAX_BYTES
+        letter = await self._letter(connection, given, most)
         task: Task = "evaluate"
         if given.kind == "advertise":
             task = policy.check_session(unpack(letter, Terms), job, given)
@@ -330,7 +335,7 @@ class JoinedJob:
                 return Outcome(letter=await whole(partial(self._mail.address, given.course, given.round)))
             if given.round not in self._history.trained(given.course):
                 raise PolicyError(f"This site has not trained round {given.round} of {given.course!r}.")
-            posting = decode(Posting, await whole((await self._received(connection, given)).read_bytes))
+            posting = decode(Posting, await self._letter(connection, given, _POSTING_BYTES))
             await whole(partial(self._mail.post, given.course, given.round, posting, out))
             return Outcome()
         except AccessError as error:
@@ -343,7 +348,7 @@ class JoinedJob:
             PolicyError: the plan is not what it was announced as, or may not be carried out.
             StorageError: the disk is full, or has damaged the plan; the next try fetches it again.
         """
-        path = await self._received(connection, given)
+        path = await self._received(connection, given, self._settings.policy.max_model_bytes, "model")
         try:
             plan = await whole(partial(wire.open_plan, path, lazily=True), storage.num_bytes(path))
         except WireError as error:
@@ -355,24 +360,27 @@ class JoinedJob:
             await self._fetch(connection, plan.sealed, coming, [], most, durable=False)
         return path, plan
 
-    async def _received(self, connection: Connection, given: Assignment) -> Path:
-        """Return the file of a plan or message, as the server has sent it."""
+    async def _letter(self, connection: Connection, given: Assignment, most: int) -> bytes:
+        """Return a message, whose protocol bounds it: it has little to do with what this site allows of a model."""
+        path = await self._received(connection, given, most, "message")
+        return await whole(path.read_bytes)
+
+    async def _received(self, connection: Connection, given: Assignment, most: int | None, what: str) -> Path:
+        """Return the file of a plan or message, as the server has sent it, of so many bytes at most."""
         path = self._plan_path(given)
         if path not in self._sound or not path.exists():
-            letter = given.kind in get_args(MaskPhase)  # which is as large as the federation, not as the model
-            most = MAX_BYTES if letter else self._settings.policy.max_model_bytes
             if given.inline:
-                await whole(partial(self._put, path, given, most), len(given.inline))
+                await whole(partial(self._put, path, given, most, what), len(given.inline))
             elif not await whole(partial(_is_whole, path, given)):
                 connection.warm()
                 await self._fetch(connection, given.plan, path, await whole(self._other_plans), most, durable=False)
             self._sound.add(path)
         return path
 
-    def _put(self, path: Path, given: Assignment, most: int | None) -> None:
+    def _put(self, path: Path, given: Assignment, most: int | None, what: str) -> None:
         """Write a small plan or message, which came with its assignment, if it is one as was announced."""
         if not _is_whole(path, given):
-            policy.check_size(len(given.inline), most)
+            policy.check_size(len(given.inline), most, what)
             storage.write_whole(path, given.inline, self._spares)
         _check_announced(path, given)
 
