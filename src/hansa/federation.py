@@ -40,8 +40,7 @@ from hansa.core.config import Job, Section, problems
 from hansa.core.values import Absence, Model, RoundRecord
 from hansa.errors import HansaError, InterruptedRunError, JobError, SiteError, UnreachableError, WireError, nearest
 from hansa.pki.kit import Kit
-from hansa.runs.masking import settled, told
-from hansa.runs.pieces import relays
+from hansa.runs.masking import prepared, told
 from hansa.runs.progress import Progress
 from hansa.transport.client import Connection
 from hansa.transport.messages import (
@@ -195,9 +194,7 @@ class Federation:
         sites hand the model to each other, those sites are named in the job.
         """
         sites = job.cohort.sites or self._kit.roster().sites
-        job = settled(job, len(sites))
-        if relays(job):  # so that a site can tell how few turns are below the quorum
-            job = job.model_copy(update={"cohort": job.cohort.model_copy(update={"sites": sorted(sites)})})
+        job = prepared(job, sites)
         return job, told(job, len(sites))
 
     def jobs(self) -> list[JobLine]:

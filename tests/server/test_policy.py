@@ -36,6 +36,13 @@ IN_PROCESS = (
 )
 
 
+def test_a_job_that_is_handed_on_names_its_sites(ana: Identity, tmp_path: Path) -> None:
+    """It is refused at once, and not only by each site."""
+    with pytest.raises(PolicyError, match=r"does not name them.*cohort.sites"):
+        decide(bundle(ana, workflow="cyclic"), ServerSettings(), tmp_path)
+    decide(bundle(ana, workflow="cyclic", cohort={"sites": ["s0", "s1"]}), ServerSettings(), tmp_path)
+
+
 @pytest.mark.parametrize("values", IN_PROCESS)
 def test_what_runs_in_the_server_itself_is_the_operator_s_alone(ana: Identity, values: dict, tmp_path: Path) -> None:
     for policy in ({}, {"signers": ["ana"]}, {"modules": ["os:path"]}):

@@ -70,6 +70,14 @@ def test_code_that_the_site_has_installed_and_named(ana):
         policy.decide(bundle(ana, recipe={"name": "ours:build"}, files=["net.py"]), "s0", named)
 
 
+def test_a_job_that_is_handed_on_names_its_sites(ana):
+    """Or a quorum that is a share of them would be a share of nobody knows how many."""
+    for values in ({}, {"cohort": {"sites": []}}, {"cohort": {"quorum": 2}}):
+        with pytest.raises(PolicyError, match=r"does not name them.*cohort.sites"):
+            policy.decide(bundle(ana, workflow="cyclic", **values), "s0", settings())
+    policy.decide(bundle(ana, workflow="cyclic", cohort={"sites": ["s0", "s1"]}), "s0", settings())
+
+
 def test_scripts_need_a_signer_even_where_the_recipe_is_allowed(ana):
     allowed = settings(policy={"recipes": ["script"], "modules": ["script"]})
     with pytest.raises(PolicyError, match="runs code of: nobody"):

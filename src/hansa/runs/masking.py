@@ -26,7 +26,7 @@ from hansa import registry
 from hansa.core.config import Choice, Job, SecureAggregationSection
 from hansa.core.fit import Trait
 from hansa.errors import PrivacyError
-from hansa.runs.pieces import misfits
+from hansa.runs.pieces import misfits, relays
 from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import wanted
 from hansa.workflows.secure import quorum_of
@@ -39,6 +39,20 @@ _PRIVATE: Mapping[str, str] = {
     "local": "local noise may be larger than any range",
     "distributed": "what distributed noise promises rests on a table that the job itself gives",
 }
+
+
+def prepared(job: Job, federation: Sequence[str]) -> Job:
+    """Return the job as it is to be signed: settled, and naming its sites where these hand the model to each other.
+
+    Args:
+        job: the job.
+        federation: all sites; who takes part, if the job does not say.
+    """
+    sites = sorted(job.cohort.sites or federation)
+    job = settled(job, len(sites))
+    if not relays(job):
+        return job
+    return job.model_copy(update={"cohort": job.cohort.model_copy(update={"sites": sites})})
 
 
 def settled(job: Job, num_sites: int, *, own_strategy: bool = False) -> Job:

@@ -7,7 +7,7 @@ from hansa import registry
 from hansa.core.config import Job
 from hansa.core.fit import Conflict, Piece, Trait, conflicts
 from hansa.core.workflow import Workflow
-from hansa.errors import FitError
+from hansa.errors import FitError, PolicyError
 from hansa.privacy.plan import promised
 from hansa.workers.runner import Course
 from hansa.workflows.scatter_gather import wanted
@@ -65,6 +65,19 @@ def _engine(job: Job, traits: frozenset[Trait]) -> Piece:
 def relays(job: Job) -> bool:
     """Say whether a job's sites send messages to each other; no code but Hansa's own is loaded to find out."""
     return job.workflow.name in registry.TABLES["workflows"] and Trait.RELAYS in workflow_of(job).traits
+
+
+def check_named(job: Job) -> None:
+    """Raise PolicyError if sites are to send messages to each other and the job does not name them.
+
+    A quorum that is a share of them would be a share of whomever the server says, and hold it to nothing.
+    """
+    if relays(job) and not job.cohort.sites:
+        raise PolicyError(
+            f"Workflow {job.workflow.name!r} hands the model from site to site, and the job does not name them, so no "
+            "site could tell how few turns are below the quorum. Submit it by `hansa job submit`, which writes "
+            "cohort.sites in before it signs."
+        )
 
 
 def _baselines(job: Job) -> list[Piece]:

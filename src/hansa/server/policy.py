@@ -6,6 +6,7 @@
 | a strategy, filter or workflow that ``policy.modules`` does not name | PolicyError, whoever signed |
 | a script, another recipe, a pickle, a library told to import code, by a signer who is not trusted | PolicyError |
 | a path out of the job's own files that ``models`` does not stand for | PolicyError |
+| a job whose sites hand the model on, and that does not name them | PolicyError: its quorum would hold nobody |
 | more CPU threads than ``compute.threads`` | PolicyError: fewer would give other bits |
 
 The first run in the server's own process, so only what the operator has installed and named may; the others run in
@@ -20,6 +21,7 @@ from pathlib import Path
 from hansa.bundle import Bundle, check_code, localised_model
 from hansa.core.config import Job
 from hansa.errors import PolicyError
+from hansa.runs.pieces import check_named
 from hansa.server.settings import ServerSettings
 
 PLACE = "server"
@@ -48,6 +50,7 @@ def decide(bundle: Bundle, settings: ServerSettings, directory: Path) -> None:
                 f"{', '.join(policy.modules) or 'none'} (policy.modules in server.toml)."
             )
     check_code(code, bundle.signer, policy.signers, dict.fromkeys((*_IN_PROCESS, "recipe"), policy.modules), PLACE)
+    check_named(bundle.job)
     threads, most = bundle.job.engine.threads, settings.compute.threads
     if most is not None and threads > most:
         raise PolicyError(f"The job computes with {threads} CPU threads; this server gives {most}. Set engine.threads.")

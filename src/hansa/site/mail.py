@@ -67,7 +67,8 @@ class Mail:
         self._directory = directory / "mail"
         self._file = self._directory / "key"
         self._boxes = Mailboxes(directory / "work" / "mail")
-        self._site, self._kit, self._digest, self._job = site, kit, digest, job
+        self._site, self._digest, self._job = site, digest, job
+        self._sites = sorted(job.cohort.sites or ())  # policy has seen to it that a job with messages names them
         self._identities = Identities(kit)
 
     def address(self, course: str, round: int) -> bytes:
@@ -148,14 +149,13 @@ class Mail:
         sealed.seal(self._boxes.path(self._site, box), out, to, self._site, trail, self._identities)
 
     def _check_peer(self, name: str) -> None:
-        if name == self._site or name not in (self._job.cohort.sites or self._kit.roster().sites):
+        if name == self._site or name not in self._sites:
             raise PolicyError(f"{name[:100]!r} is no peer of this site in the signed job.")
 
     def _check_turns(self, round: int, trail: tuple[str, ...]) -> None:
-        """Refuse the server a model that too few sites have made, as far as the signed job says how few that is."""
+        """Refuse the server a model that too few sites have made: the signed job says how few that is."""
         cohort = self._job.cohort
-        asked = len(sample(sorted(cohort.sites), cohort.sample, self._job.seed, round)) if cohort.sites else 1
-        needed = wanted(cohort.quorum, asked)
+        needed = wanted(cohort.quorum, len(sample(self._sites, cohort.sample, self._job.seed, round)))
         if len(trail) < needed:
             raise PolicyError(
                 f"The server asks for the model after {len(trail)} turns; the signed job's quorum is {needed}. It was "

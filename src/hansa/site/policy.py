@@ -10,6 +10,7 @@ update before it leaves.
 | a mechanism of privacy missing or too weak; data under a budget, and a job that goes around it | PolicyError |
 | no secure aggregation, or of fewer sites than the site's least; code of one's own under it, beside a bound to prove |
 PolicyError |
+| sites hand the model to each other, and the job does not name them | PolicyError: its quorum would hold nobody |
 | a key of homomorphic encryption that is not with a site that this one trusts | PolicyError |
 | a session of secure aggregation for another round, or of other sites than the job's sampling draws | PolicyError |
 | the site's plug-in gives a reason, or fails | PolicyError with that reason: a site is closed when in doubt |
@@ -42,7 +43,7 @@ from hansa.core.values import Header, Plan, Task
 from hansa.errors import HansaError, PolicyError, nearest
 from hansa.homomorphic.protocol import Terms as KeyTerms
 from hansa.privacy.plan import SLACK
-from hansa.runs.pieces import relays
+from hansa.runs.pieces import check_named, relays
 from hansa.secagg.protocol import Terms as MaskTerms
 from hansa.site.settings import DataPaths, Policy, SiteSettings
 from hansa.transport.messages import Assignment
@@ -84,6 +85,7 @@ def decide(bundle: Bundle, site: str, settings: SiteSettings) -> None:
             f"The job trains with {threads} CPU threads; this site gives {cpus}. Set engine.threads, or "
             f"engine.sites.{site}.cpus."
         )
+    check_named(job)
     _require_filters(job, policy)
     _require_privacy(job, settings)
     _require_masks(bundle, settings)

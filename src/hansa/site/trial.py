@@ -25,7 +25,7 @@ from hansa.core.values import WEIGHT_SCALE, Plan
 from hansa.errors import PolicyError, SiteError
 from hansa.pki.kit import Kit
 from hansa.runs.baselines import course_form
-from hansa.runs.masking import settled
+from hansa.runs.masking import prepared
 from hansa.site import policy
 from hansa.site.settings import FILE, SiteSettings, load
 from hansa.site.warm import WarmWorker, whole
@@ -68,8 +68,7 @@ def read(directory: Path, job: Job | Path, signer: str | None) -> Bundle:
     kit = Kit(directory)
     if isinstance(job, Path):
         return bundles.read(job, kit.roster())
-    job = settled(job, len(job.cohort.sites or kit.roster().sites))
-    return bundles.unsigned(job, replace(kit.identity, name=signer or UNSIGNED))
+    return bundles.unsigned(prepared(job, kit.roster().sites), replace(kit.identity, name=signer or UNSIGNED))
 
 
 async def attempt(directory: Path, source: Path | None, bundle: Bundle) -> Trial:
