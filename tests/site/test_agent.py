@@ -21,7 +21,7 @@ import pytest
 import toys
 from federations import Loopback, loopback
 from hansa.bundle import pack
-from hansa.core import wire
+from hansa.core import storage, wire
 from hansa.core.config import Job
 from hansa.core.values import Plan
 from hansa.errors import AccessError, HansaError, JobError, StorageError
@@ -887,6 +887,25 @@ async def test_a_plan_that_is_damaged_while_it_is_needed(tmp_path, monkeypatch):
         view = await lab.run(job(tmp_path, rounds=1, recipe={"size": LARGE, "varied": True}))
     assert view.line.state == "finished", view.line.error
     assert tries[0] == tries[1]
+
+
+async def test_a_large_update_is_written_over_an_old_plan(tmp_path, monkeypatch):
+    """The worker, which reads a large plan while it trains, does not hold it open until the next one comes."""
+    taken: list[tuple[str, bool]] = []
+    real = storage.Spares.take
+
+    def take(self: storage.Spares, path: Path, *size: int) -> bool:
+        found = real(self, path, *size)
+        if path.parent.name == "outbox":
+            taken.append((path.name, found))
+        return found
+
+    monkeypatch.setattr(storage.Spares, "take", take)
+    async with loopback(tmp_path) as lab:
+        await lab.start("s0")
+        view = await lab.run(job(tmp_path, rounds=4, recipe={"size": 600_000, "varied": True}))
+    assert view.line.state == "finished", view.line.error
+    assert [found for _, found in taken] == [False, True, True, True], taken
 
 
 async def test_one_signed_job_under_many_ids(tmp_path, monkeypatch):

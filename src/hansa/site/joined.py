@@ -467,7 +467,6 @@ class JoinedJob:
             async with asyncio.timeout(limit):
                 answer = await self._worker.ask(job, request)
         except WireError as error:
-            await self._worker.rest()  # it keeps the last plan open
             await self._check_disk(path, given)
             raise PolicyError(error.message) from error
         except TimeoutError:

@@ -27,7 +27,7 @@ from hansa import registry
 from hansa.core import wire
 from hansa.core.config import Algorithm, Choice, Job, parse, secret_sums
 from hansa.core.ports import Program
-from hansa.core.tree import Tree
+from hansa.core.tree import Lazy, Tree
 from hansa.core.values import Absence, Plan
 from hansa.errors import HansaError, NonFiniteError, StorageError
 from hansa.workers.messages import (
@@ -169,11 +169,16 @@ class _Worker:
         )
 
     def _read(self, path: str) -> Plan:
-        """Return the plan in a file; the last one is kept, as many sites get the same."""
-        if self._plan is None or self._plan[0] != path:
-            self._plan = None
-            self._plan = (path, wire.open_plan(Path(path)))
-        return self._plan[1]
+        """Return the plan in a file; a small one is kept, as many sites get the same.
+
+        A large one would stay open, and no file be made of it when it is needed no more (`storage.Spares`).
+        """
+        if self._plan is not None and self._plan[0] == path:
+            return self._plan[1]
+        plan, self._plan = wire.open_plan(Path(path)), None
+        if not isinstance(plan.params, Lazy):
+            self._plan = (path, plan)
+        return plan
 
 
 def _read_params(path: str) -> Tree:
