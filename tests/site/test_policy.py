@@ -250,7 +250,8 @@ def update(tmp_path: Path, **changes) -> Path:
 
 
 def checked(path: Path, plan: Plan = PLAN, rules: Policy | None = None, **values) -> None:
-    policy.check_update(path, plan, job(**values), "s0", rules or Policy())
+    with path.open("rb") as file:
+        policy.check_update(file, path.stat().st_size, plan, job(**values), "s0", rules or Policy())
 
 
 def test_a_sound_update_may_leave(tmp_path):

@@ -175,6 +175,21 @@ def sync(paths: Collection[Path]) -> None:
         done.result()
 
 
+@contextlib.contextmanager
+def syncing(path: Path) -> Iterator[None]:
+    """Make a file durable beside whatever else is done; it is when this ends.
+
+    Raises:
+        OSError: it can't be opened or synced.
+    """
+    done = _syncing().submit(_sync, path)
+    try:
+        yield
+    finally:
+        wait([done])
+    done.result()
+
+
 @cache
 def _syncing() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, "sync")

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 import numpy as np
@@ -113,14 +113,22 @@ def _shown(text: str) -> str:
     return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
 
 
-def _read_exactly(file: BinaryIO, count: int, what: str) -> bytes:
+class Source(Protocol):
+    """What a value is read from."""
+
+    def read(self, count: int, /) -> bytes:
+        """Return the next bytes, ``count`` unless there are fewer."""
+        ...
+
+
+def _read_exactly(file: Source, count: int, what: str) -> bytes:
     data = file.read(count)
     if len(data) != count:
         raise WireError(f"The value ends inside {what}: {len(data)} of {count} bytes are there.")
     return data
 
 
-def read_envelope(file: BinaryIO) -> Envelope:
+def read_envelope(file: Source) -> Envelope:
     """Read and check the header; ``file`` is then at the first chunk.
 
     Raises:
@@ -162,7 +170,7 @@ def _spec(name: str, dtype: str, shape: list[int]) -> Spec:
     return Spec(dtype, tuple(shape))
 
 
-def read_chunks(file: BinaryIO, envelope: Envelope) -> Iterator[Chunk]:
+def read_chunks(file: Source, envelope: Envelope) -> Iterator[Chunk]:
     """Yield every chunk after the header, checked; the whole value has been read when it ends.
 
     Raises:
@@ -452,7 +460,7 @@ def _plan(meta: _PlanMeta, parts: Mapping[str, Tree]) -> Plan:
 def read_update(file: BinaryIO) -> Update:
     """Read a whole update written by :func:`write_update`."""
     envelope = read_envelope(file)
-    header = _header(envelope)
+    header = header_of(envelope)
     return Update(
         header.site,
         header.round,
@@ -466,7 +474,8 @@ def read_update(file: BinaryIO) -> Update:
     )
 
 
-def _header(envelope: Envelope) -> Header:
+def header_of(envelope: Envelope) -> Header:
+    """Return what an update's header says (WireError: it is none of an update)."""
     meta: _UpdateMeta = _meta(envelope, "update", _UpdateMeta)
     return Header(
         meta.site,
@@ -488,7 +497,7 @@ class Spooled:
         self.path = path
         try:
             with path.open("rb") as file:
-                self._header = _header(read_envelope(file))
+                self._header = header_of(read_envelope(file))
         except OSError as error:
             raise StorageError(f"Can't read the spooled update {path}: {error.strerror}.") from error
 

@@ -44,7 +44,7 @@ from functools import partial
 from pathlib import Path
 
 from hansa import registry
-from hansa.core import storage, wire
+from hansa.core import storage
 from hansa.errors import AccessError, HansaError, JobError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
 from hansa.site import history
@@ -70,7 +70,6 @@ from hansa.transport.messages import (
     Report,
     Ring,
 )
-from hansa.transport.pieces import describe
 from hansa.transport.protocol import Pace
 from hansa.version import VERSION
 
@@ -482,7 +481,7 @@ class Agent:
             if path.stat().st_size <= INLINE_BYTES:
                 inline = path.read_bytes()
             else:
-                manifest = await whole(lambda: describe(path, wire.cuts(path)))
+                manifest = await whole(partial(job.manifest, given.task, path))
                 await connection.upload(job.id, given.task, path, manifest)
                 upload = manifest.digest
         missing = outcome.missing

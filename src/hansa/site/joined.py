@@ -74,7 +74,8 @@ from hansa.site.settings import SiteSettings
 from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
 from hansa.transport.client import LARGE_BYTES, Connection
-from hansa.transport.messages import MAIL, PHASES, Assignment, Inspected, Missing, Posting
+from hansa.transport.describing import Describing
+from hansa.transport.messages import INLINE_BYTES, MAIL, PHASES, Assignment, Inspected, Missing, Posting
 from hansa.transport.pieces import Manifest, describe
 from hansa.transport.protocol import decode
 from hansa.workers import homomorphic, messages, secure
@@ -147,6 +148,7 @@ class JoinedJob:
         self._last = time.monotonic()
         self._wanted: Counter[Path] = Counter()
         self._sound: set[Path] = set()  # plans that this process has checked
+        self._described: tuple[str, Manifest] | None = None  # of the last update that was checked, till it is sent
         self._exchanging = asyncio.Lock()
         self._worker = WarmWorker(site, settings, directory, self._secagg)
 
@@ -489,8 +491,7 @@ class JoinedJob:
             )
             await whole(partial(wire.spool, empty, out))
         if job.secret_sums is None:
-            check = partial(policy.check_update, out, plan, job, self._site, self._settings.policy)
-            await whole(check, storage.num_bytes(out))
+            await whole(partial(self._check, out, plan, job, given.task), storage.num_bytes(out))
         else:
             layout = await whole(lambda: self._sessions(job).layout(given.course, self._site))
             await whole(lambda: policy.check_hidden(out, plan, self._site, layout))
@@ -504,6 +505,35 @@ class JoinedJob:
                 raise PolicyError("Another session of secure aggregation has begun. The update was not sent.")
             await whole(partial(self._account.sent, job, given.task))
         return Outcome()
+
+    def _check(self, path: Path, plan: Plan, job: Job, task: str) -> None:
+        """Raise PolicyError unless an update may leave; a large one is described and synced meanwhile.
+
+        So what is described is what was checked.
+
+        Raises:
+            StorageError: it can't be read or synced.
+        """
+        rules = self._settings.policy
+        try:
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                if size <= INLINE_BYTES:
+                    return policy.check_update(file, size, plan, job, self._site, rules)
+                described = Describing(file, wire.cuts(path))
+                with storage.syncing(path):
+                    policy.check_update(described, size, plan, job, self._site, rules)
+        except OSError as error:
+            raise storage.full(path, error) from error
+        self._described = task, described.manifest()
+        return None
+
+    def manifest(self, task: str, path: Path) -> Manifest:
+        """Return the manifest of an update in its file: as it was checked if that has just been, or read anew."""
+        described, self._described = self._described, None
+        if described is not None and described[0] == task:
+            return described[1]
+        return describe(path, wire.cuts(path))
 
     async def _charge(self, job: Job, given: Assignment) -> None:
         """Check, once, that a job keeps its promise, and charge a round to the data's budget if there is one.

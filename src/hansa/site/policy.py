@@ -282,25 +282,26 @@ def rounds(job: Job, course: str) -> range:
     return range(1) if course == "base" != job.name else range(1, job.rounds + 1)
 
 
-def check_update(path: Path, plan: Plan, job: Job, site: str, policy: Policy) -> None:
-    """Read a finished update once, and raise PolicyError unless it may leave.
+def check_update(source: wire.Source, num_bytes: int, plan: Plan, job: Job, site: str, policy: Policy) -> None:
+    """Read a finished update once, from its beginning to its end, and raise PolicyError unless it may leave.
 
     Args:
-        path: the update's file, as it would be sent.
+        source: the update, as it would be sent.
+        num_bytes: how many bytes it has.
         plan: what it answers.
         job: the job that was signed.
         site: this site's name.
         policy: what the site requires.
     """
-    update = wire.Spooled(path)
-    header = update.header
+    envelope = wire.read_envelope(source)
+    header = wire.header_of(envelope)
     if (header.site, header.round, header.version) != (site, plan.round, plan.version):
         raise PolicyError("The training code made an update of another site, round or version than was asked for.")
     if not (0 < header.weight < math.inf and len(header.sums) <= _METRICS):
         raise PolicyError(f"The update has the weight {header.weight:g} and {len(header.sums)} metrics' sums.")
-    _check_form(header, path.stat().st_size, plan)
+    _check_form(header, num_bytes, plan)
     squares = dict.fromkeys(header.layout, 0.0)
-    for chunk in update.chunks():
+    for chunk in wire.read_chunks(source, envelope):
         if trees.is_floating(chunk.values.dtype):
             values = chunk.values.astype(trees.wide(chunk.values.dtype), copy=False)
             with np.errstate(over="ignore", invalid="ignore"):

@@ -119,7 +119,9 @@ async def _tried(worker: WarmWorker, job: Job, site: str, settings: SiteSettings
     if isinstance(answer, Absent):
         raise SiteError(answer.reason, site=site)
     assert isinstance(answer, Answered), answer
-    await whole(lambda: policy.check_update(out, plan, job, site, settings.policy))
+    with out.open("rb") as file:
+        size = out.stat().st_size
+        await whole(lambda: policy.check_update(file, size, plan, job, site, settings.policy))
     await worker.close(at_once=False)
     unit = 1 if sys.platform == "darwin" else 1024
     return Trial(

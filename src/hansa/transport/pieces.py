@@ -114,22 +114,30 @@ def describe(path: Path, cuts: Sequence[int] | None = None) -> Manifest:
         StorageError: the file can't be read, or shrinks while it is read.
     """
     pieces = []
-    buffer = memoryview(bytearray(MAX_PIECE_BYTES))
+    offset = 0
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             cuts = (*range(0, size, PIECE_BYTES), size) if cuts is None else cuts
             if not cuts or cuts[0] != 0 or cuts[-1] != size or any(a > b for a, b in pairwise(cuts)):
                 raise StorageError(f"{path} has {size} bytes, which is not where it was to be cut. Did it change?")
-            for begin, end in pairwise(cuts):
-                step = end - begin if end - begin <= MAX_PIECE_BYTES else PIECE_BYTES
-                for offset in range(begin, end, step or 1):
-                    view = buffer[: min(step, end - offset)]
-                    _fill(file.fileno(), view, offset, path)
-                    pieces.append((len(view), blake3(view).digest()))
+            buffer = memoryview(bytearray(max(lengths(cuts), default=0)))
+            for length in lengths(cuts):
+                view = buffer[:length]
+                _fill(file.fileno(), view, offset, path)
+                pieces.append((length, blake3(view).digest()))
+                offset += length
     except OSError as error:
         raise StorageError(f"Can't read {path}: {error.strerror}.") from error
     return Manifest(tuple(pieces))
+
+
+def lengths(cuts: Sequence[int]) -> Iterator[int]:
+    """Yield how long each piece is: what lies between two cuts, cut further where that is too long for one."""
+    for begin, end in pairwise(cuts):
+        step = end - begin if end - begin <= MAX_PIECE_BYTES else PIECE_BYTES
+        for offset in range(begin, end, step or 1):
+            yield min(step, end - offset)
 
 
 def read_piece(descriptor: int, manifest: Manifest, index: int, path: Path) -> bytes:
