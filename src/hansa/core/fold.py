@@ -12,7 +12,8 @@ Guarantees, each held by a test:
   of an accumulator is claimed before it is used.
 
 Updates that lie on disk are added several at a time, block by block, so an accumulator is read and written once for
-``TOGETHER`` of them. It is not mapped for that: a first write to a mapped page costs more than the adding.
+``TOGETHER`` of them, and large ones by several processors, each at other blocks. It is not mapped for that: a first
+write to a mapped page costs more than the adding.
 
 | case | result |
 |---|---|
@@ -27,6 +28,7 @@ Updates that lie on disk are added several at a time, block by block, so an accu
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -40,8 +42,9 @@ import numpy as np
 from hansa.core import storage, wire
 from hansa.core import tree as trees
 from hansa.core.ports import Handle
+from hansa.core.shared import shared
 from hansa.core.tree import Array, Layout
-from hansa.core.values import Aggregate, Chunk, Header, Update
+from hansa.core.values import Aggregate, Header, Update
 from hansa.errors import NonFiniteError, StorageError, WireError
 
 MAP_BYTES = trees.LARGE
@@ -143,8 +146,8 @@ class Fold:
         self._advance()
         self._add_due()
         sums = {part: total.whole() for part, total in self._sums.items()}
-        for part, tree in sums.items():
-            name = trees.first_non_finite(tree)
+        for part, total in self._sums.items():
+            name = total.overflown
             if name is not None:
                 raise NonFiniteError(f"The sum of all updates overflows in tensor {name!r} of {part!r}.")
         if self._weight > _LARGEST:
@@ -260,17 +263,32 @@ class Fold:
         if not self._sums:
             for number, (part, layout) in enumerate(self._expected.items()):
                 self._sums[part] = self._begun(number, layout)
-        for chunks in zip(*(reading(handle) for handle, _ in due), strict=True):
-            first = chunks[0]
-            sums = self._sums[first.part]
-            total = sums.read(first.tensor, first.start, first.values.size)
-            with np.errstate(over="ignore"):
-                for chunk, (_, discount) in zip(chunks, due, strict=True):
-                    values = chunk.values
+        accepted = []
+        for handle, _ in due:
+            with as_accepted(handle.header):
+                accepted.append({part: trees.leaves(tree) for part, tree in handle.parts.items()})
+
+        def add(place: tuple[str, str, int]) -> None:
+            part, name, start = place
+            sums = self._sums[part]
+            total = sums.read(name, start, min(trees.BLOCK, self._expected[part][name].size - start))
+            with np.errstate(over="ignore", invalid="ignore"):
+                for parts, (handle, discount) in zip(accepted, due, strict=True):
+                    with as_accepted(handle.header):
+                        values = trees.block(parts[part][name], start)
                     if discount != 1.0:
                         values = values.astype(total.dtype) * total.dtype.type(discount)
                     np.add(total, values, out=total, dtype=total.dtype, casting="same_kind")
-            sums.write(first.tensor, first.start, total)
+            sums.write(name, start, total)
+
+        places = [
+            (part, name, start)
+            for part, layout in self._expected.items()
+            for name, spec in layout.items()
+            for start in range(0, spec.size, trees.BLOCK)
+        ]
+        on_disk = not any(isinstance(handle, Update) for handle, _ in due)
+        shared(due[0][0].header.num_bytes if on_disk else 0, add, places)
         for sums in self._sums.values():
             sums.begun = True
 
@@ -284,19 +302,20 @@ class Fold:
         return _Sum(layout, dtypes, path)
 
 
-def reading(handle: Handle) -> Iterator[Chunk]:
-    """Yield the chunks of an update that has been checked.
+@contextlib.contextmanager
+def as_accepted(header: Header) -> Iterator[None]:
+    """Read from an update that has been checked.
 
     Raises:
         StorageError: it is not what it was.
     """
     try:
-        yield from handle.chunks()
+        yield
     except WireError as error:
         raise StorageError(
             f"The update changed while it waited on disk: {error.message} Resume the run.",
-            site=handle.header.site,
-            round=handle.header.round,
+            site=header.site,
+            round=header.round,
         ) from error
 
 
@@ -316,6 +335,7 @@ class _Sum:
         self._layout = layout
         self._dtypes = dtypes
         self._arrays: dict[str, Array] = {}
+        self._overflown: str | None = None
         if path is None:
             self._arrays = {name: np.zeros(spec.shape, dtypes[name]) for name, spec in layout.items()}
             return
@@ -338,26 +358,32 @@ class _Sum:
         """Return a copy, or where sums are in memory a view, of so many elements of a tensor."""
         if self.path is None:
             return self._arrays[name].reshape(-1)[start : start + size]
-        values = np.zeros(size, self._dtypes[name])
-        if self.begun:
-            done, raw = 0, memoryview(values.view(np.uint8).data)
-            while done < len(raw):
-                step = os.preadv(self._descriptor, [raw[done:]], self._place(name, start) + done)
-                if not step:
-                    raise StorageError(f"{self.path} became shorter while it was in use. Resume the run.")
-                done += step
+        if not self.begun:
+            return np.zeros(size, self._dtypes[name])
+        values = np.empty(size, self._dtypes[name])
+        done, raw = 0, memoryview(values.view(np.uint8).data)
+        while done < len(raw):
+            step = os.preadv(self._descriptor, [raw[done:]], self._place(name, start) + done)
+            if not step:
+                raise StorageError(f"{self.path} became shorter while it was in use. Resume the run.")
+            done += step
         return values
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Put back what `read` gave."""
         if self.path is None:
             return
-        done, raw = 0, memoryview(values.view(np.uint8).data)
+        if not trees.finite(values):  # what is added to it can't make it finite again
+            self._overflown = name
         try:
-            while done < len(raw):
-                done += os.pwrite(self._descriptor, raw[done:], self._place(name, start) + done)
+            storage.write_at(self._descriptor, memoryview(values.view(np.uint8).data), self._place(name, start))
         except OSError as error:
             raise self._failed(error) from error
+
+    @property
+    def overflown(self) -> str | None:
+        """The name of a tensor with a NaN or an infinity, or None."""
+        return trees.first_non_finite(self._arrays) if self.path is None else self._overflown
 
     def whole(self) -> dict[str, Array]:
         """Return the sums; those in a file are mapped."""

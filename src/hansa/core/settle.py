@@ -82,7 +82,7 @@ def settle(model: Model, state: Parts, directory: Path | None = None) -> Settled
         try:
             if _is_to_compute([model.params]):
                 files[MODEL] = _fresh(folder / MODEL)
-                storage.save_tree(files[MODEL], model.params)
+                storage.save_tree(files[MODEL], model.params, durable=True)
                 mapped = storage.load_tree(files[MODEL])
                 model = replace(model, params={name: mapped[name] for name in model.params})
             if _is_to_compute(state.values()):

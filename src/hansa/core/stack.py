@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hansa.core import tree as trees
 from hansa.core.each import Rows, Rule, places
-from hansa.core.fold import Fold, reading
+from hansa.core.fold import Fold, as_accepted
 from hansa.core.ports import Handle
 from hansa.core.tree import Layout
-from hansa.core.values import Aggregate
+from hansa.core.values import Aggregate, Chunk
 from hansa.errors import NonFiniteError, StorageError, WireError
 
 
@@ -118,7 +118,7 @@ class Stack(Fold):
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
                 self._close = weakref.finalize(self, os.close, self._file)
                 path.unlink()  # it is this round's only, and goes with its descriptor, whatever ends the process
-            for chunk in reading(handle):
+            for chunk in _reading(handle):
                 offset, dtype = self._places[chunk.part, chunk.tensor]
                 raw = memoryview(chunk.values.astype(dtype).tobytes())
                 place = begin + offset + chunk.start * dtype.itemsize
@@ -133,3 +133,8 @@ class Stack(Fold):
                 round=handle.header.round,
             ) from error
         self._kept.append(handle.header.site)
+
+
+def _reading(handle: Handle) -> Iterator[Chunk]:
+    with as_accepted(handle.header):
+        yield from handle.chunks()

@@ -257,9 +257,14 @@ def widen(tree: Tree) -> dict[str, Array]:
 
 def blocks(leaf: Array) -> Iterator[tuple[int, Array]]:
     """Yield ``(start, values)`` over the flattened leaf, ``BLOCK`` elements at a time, as views where possible."""
+    for start in range(0, leaf.size, BLOCK):
+        yield start, block(leaf, start)
+
+
+def block(leaf: Array, start: int) -> Array:
+    """Return the flattened elements from ``start`` on, ``BLOCK`` at most, as a view where possible."""
     flat = leaf if is_leaf(leaf) else leaf.reshape(-1)
-    for start in range(0, flat.size, BLOCK):
-        yield start, flat[start : start + BLOCK]
+    return flat[start : start + BLOCK]
 
 
 def norm(tree: Tree) -> float:

@@ -31,13 +31,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
 from types import TracebackType
 
 from blake3 import blake3
 
 from hansa.core import storage
+from hansa.core.shared import shared
 from hansa.errors import ChecksumError, StorageError, WireError
 
 PIECE_BYTES = 1 << 20
@@ -103,7 +104,7 @@ class Manifest:
 
 
 def describe(path: Path, cuts: Sequence[int] | None = None) -> Manifest:
-    """Read a file once and return its manifest.
+    """Read a file once and return its manifest; a large one is read by several processors at once.
 
     Args:
         path: the file.
@@ -113,20 +114,23 @@ def describe(path: Path, cuts: Sequence[int] | None = None) -> Manifest:
     Raises:
         StorageError: the file can't be read, or shrinks while it is read.
     """
-    pieces = []
-    offset = 0
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             cuts = (*range(0, size, PIECE_BYTES), size) if cuts is None else cuts
             if not cuts or cuts[0] != 0 or cuts[-1] != size or any(a > b for a, b in pairwise(cuts)):
                 raise StorageError(f"{path} has {size} bytes, which is not where it was to be cut. Did it change?")
-            buffer = memoryview(bytearray(max(lengths(cuts), default=0)))
-            for length in lengths(cuts):
-                view = buffer[:length]
-                _fill(file.fileno(), view, offset, path)
-                pieces.append((length, blake3(view).digest()))
-                offset += length
+            found = list(lengths(cuts))
+            pieces: list[Piece] = [(0, b"")] * len(found)
+
+            def take(piece: tuple[int, int, int]) -> None:
+                index, length, end = piece
+                payload = os.pread(file.fileno(), length, end - length)
+                if len(payload) != length:
+                    raise StorageError(f"{path} became shorter while it was read.")
+                pieces[index] = length, blake3(payload).digest()
+
+            shared(size, take, zip(count(), found, accumulate(found)))
     except OSError as error:
         raise StorageError(f"Can't read {path}: {error.strerror}.") from error
     return Manifest(tuple(pieces))
@@ -154,15 +158,6 @@ def read_piece(descriptor: int, manifest: Manifest, index: int, path: Path) -> b
     if len(payload) != length:
         raise StorageError(f"{path} is shorter than it was. Something outside Hansa changed it.")
     return payload
-
-
-def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
-    done = 0
-    while done < len(view):
-        step = os.preadv(descriptor, [view[done:]], offset + done)
-        if not step:
-            raise StorageError(f"{path} became shorter while it was read.")
-        done += step
 
 
 def as_ranges(indices: Iterable[int]) -> Ranges:
