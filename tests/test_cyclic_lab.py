@@ -32,6 +32,7 @@ from hansa.site.joined import JoinedJob
 from hansa.site.mail import Mail
 from hansa.transport.client import Connection
 from hansa.transport.messages import Posting
+from hansa.transport.pieces import describe
 from hansa.transport.protocol import encode
 
 SITES = ("s0", "s1", "s2")
@@ -259,7 +260,7 @@ class Cheat:
     def _publish(self, peers: RemotePeers, path: Path) -> str:
         copy = path.with_suffix(".copy")
         shutil.copyfile(path, copy)
-        return peers._engine._announce(copy, wire.cuts(copy))
+        return peers._engine._announce(copy, describe(copy, wire.cuts(copy)))
 
     def _how(self, plan) -> str:
         return [*CHEATS][plan.round - 1] if self.begun else ""

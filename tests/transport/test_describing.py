@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is described while it is read is what `describe` says of the file."""
 
+import filecmp
 import io
 
+import numpy as np
 import pytest
 
+from hansa.core import storage, wire
+from hansa.core import tree as trees
+from hansa.core.values import Plan
 from hansa.errors import StorageError
+from hansa.transport import describing
 from hansa.transport.describing import Describing
 from hansa.transport.pieces import describe
 
@@ -22,6 +28,26 @@ def test_the_manifest_is_that_of_the_file(tmp_path, cuts, step):
         read = b"".join(iter(lambda: described.read(step), b""))
     assert read == path.read_bytes()
     assert described.manifest() == describe(path, cuts)
+
+
+MANY = {f"t{i:04d}": np.full(7, i, np.float32) for i in range(3000)}
+LARGE = {"w": np.arange(5 * trees.BLOCK + 3, dtype=np.float64), "half": np.ones(9 * trees.BLOCK, np.float16)}
+LONG = {"x" * 1000 + f"{i:04d}": np.full(1, i) for i in range(3000)}
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"w": np.zeros(0)}, MANY, LARGE, LONG], ids=["no", "empty", "many", "large", "long"]
+)
+def test_a_plan_is_described_while_it_is_written(tmp_path, params):
+    plan = Plan("job", 1, "train", 0, params, {"control": {name: leaf * 2 for name, leaf in params.items()}})
+    path, again = tmp_path / "plan", tmp_path / "again"
+    path.write_bytes(b"z" * 100_000_000)
+    with storage.rewritten(path) as file:
+        manifest = describing.write(file, wire.encoded_plan(plan))
+    with again.open("wb") as file:
+        assert wire.write_plan(file, plan) == path.stat().st_size
+    assert filecmp.cmp(path, again, shallow=False)
+    assert manifest == describe(path, wire.cuts(path))
 
 
 def test_an_empty_file_has_no_pieces(tmp_path):

@@ -21,7 +21,7 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Protocol
@@ -74,29 +74,86 @@ def write(file: BinaryIO, kind: str, meta: Mapping[str, Any], parts: Parts) -> i
     Raises:
         WireError: a tensor's dtype or name is none that a Hansa value may have.
     """
-    layout = {
-        part: {name: (_sendable(name, leaf), list(leaf.shape)) for name, leaf in trees.leaves(tree).items()}
-        for part, tree in parts.items()
-    }
-    try:
-        head = msgspec.json.encode(_Head(kind, dict(meta), layout))
-    except UnicodeEncodeError as error:
-        raise WireError(f"The name {error.object!r} is not valid text.") from None
-    written = file.write(_PREAMBLE.pack(MAGIC, FORMAT, len(head), digest_of(head)))
-    written += file.write(head)
-    index = 0
-    for part in sorted(parts):
-        leaves = trees.leaves(parts[part])
-        for name in sorted(leaves):
-            leaf = leaves[name]
-            dtype = trees.dtype_of(layout[part][name][0])
-            for start, values in trees.blocks(leaf):
-                payload = np.ascontiguousarray(values, dtype).view(np.uint8).data
-                frame = _FRAME.pack(index, len(payload), start * dtype.itemsize, digest_of(payload))
-                written += file.write(frame)
-                written += file.write(payload)
-            index += 1
-    return written
+    encoded = Encoded(kind, meta, parts)
+    for number in range(len(encoded.cuts) - 1):
+        for data in encoded.piece(number):
+            file.write(data)
+    return encoded.cuts[-1]
+
+
+class Encoded:
+    """A value as the bytes of its file, a piece at a time, in any order, by any thread.
+
+    Attributes:
+        cuts: where the pieces begin, and the file's size; as :func:`cuts` says of the file.
+
+    Raises:
+        WireError: a tensor's dtype or name is none that a Hansa value may have.
+    """
+
+    def __init__(self, kind: str, meta: Mapping[str, Any], parts: Parts) -> None:
+        layout = {
+            part: {name: (_sendable(name, leaf), list(leaf.shape)) for name, leaf in trees.leaves(tree).items()}
+            for part, tree in parts.items()
+        }
+        try:
+            head = msgspec.json.encode(_Head(kind, dict(meta), layout))
+        except UnicodeEncodeError as error:
+            raise WireError(f"The name {error.object!r} is not valid text.") from None
+        self._parts = parts
+        self._head = [_PREAMBLE.pack(MAGIC, FORMAT, len(head), digest_of(head)), head]
+        self._tensors = [
+            (part, name, Spec(dtype, tuple(shape)))
+            for part in sorted(layout)
+            for name, (dtype, shape) in sorted(layout[part].items())
+        ]
+        self.cuts, self._begins = _places(_PREAMBLE.size + len(head), [spec for _, _, spec in self._tensors])
+        self._last: tuple[int, Array] | None = None
+
+    def piece(self, number: int) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of a piece, which are computed now."""
+        if number == 0:
+            yield from self._head
+            return
+        index, start = self._begins[number - 1]
+        left = self.cuts[number + 1] - self.cuts[number]
+        while left:
+            spec = self._tensors[index][2]
+            if start >= spec.size:
+                index, start = index + 1, 0
+                continue
+            dtype = trees.dtype_of(spec.dtype)
+            payload = np.ascontiguousarray(trees.block(self._leaf(index), start), dtype).view(np.uint8).data
+            yield _FRAME.pack(index, len(payload), start * dtype.itemsize, digest_of(payload))
+            yield payload
+            left -= _FRAME.size + len(payload)
+            start += trees.BLOCK
+
+    def _leaf(self, index: int) -> Array:
+        """Return a tensor; the last one is kept, for some are computed when they are asked for."""
+        last = self._last  # one look: threads share it
+        if last is None or last[0] != index:
+            part, name, _ = self._tensors[index]
+            self._last = last = index, trees.leaves(self._parts[part])[name]
+        return last[1]
+
+
+def _places(begin: int, specs: Sequence[Spec]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return where a file is cut whose tensors begin at ``begin``, and at which (tensor, element) each piece does.
+
+    The first piece, of the header, begins at none.
+    """
+    cuts, begins = [0], []
+    end = begin
+    for index, spec in enumerate(specs):
+        itemsize = int(trees.dtype_of(spec.dtype).itemsize)
+        for start in range(0, spec.size, trees.BLOCK):
+            step = _FRAME.size + itemsize * min(trees.BLOCK, spec.size - start)
+            if end == begin or end + step - cuts[-1] > PIECE_BYTES + _FRAME.size:
+                cuts.append(end)
+                begins.append((index, start))
+            end += step
+    return [*cuts, end], begins
 
 
 def _sendable(name: str, leaf: Array) -> str:
@@ -228,15 +285,7 @@ def cuts(path: Path) -> list[int]:
             end = file.tell()
     except OSError as error:
         raise StorageError(f"Can't read {path}: {error.strerror}.") from error
-    found = [0, end]
-    for _, _, spec in envelope.tensors():
-        block = trees.BLOCK * int(trees.dtype_of(spec.dtype).itemsize)
-        for offset in range(0, spec.num_bytes, block):
-            step = _FRAME.size + min(block, spec.num_bytes - offset)
-            if end + step - found[-1] > PIECE_BYTES + _FRAME.size and end > found[-1]:
-                found.append(end)
-            end += step
-    return found if end == found[-1] else [*found, end]
+    return _places(end, [spec for _, _, spec in envelope.tensors()])[0]
 
 
 def read_parts(file: BinaryIO, envelope: Envelope) -> dict[str, dict[str, Array]]:
@@ -409,6 +458,15 @@ def write_update(file: BinaryIO, update: Update) -> int:
 
 def write_plan(file: BinaryIO, plan: Plan) -> int:
     """Write a plan; returns the number of bytes."""
+    return write(file, *_of_plan(plan))
+
+
+def encoded_plan(plan: Plan) -> Encoded:
+    """Return a plan as the bytes of its file."""
+    return Encoded(*_of_plan(plan))
+
+
+def _of_plan(plan: Plan) -> tuple[str, Mapping[str, Any], Parts]:
     assert _PARAMS not in plan.parts, "a strategy's part may not be called 'params'"
     meta = _PlanMeta(
         plan.job,
@@ -422,7 +480,7 @@ def write_plan(file: BinaryIO, plan: Plan) -> int:
         dict(plan.acknowledged),
         plan.sealed,
     )
-    return write(file, "plan", msgspec.to_builtins(meta), {**plan.parts, _PARAMS: plan.params})
+    return "plan", msgspec.to_builtins(meta), {**plan.parts, _PARAMS: plan.params}
 
 
 def read_plan(file: BinaryIO) -> Plan:

@@ -44,6 +44,7 @@ from hansa.server.compute import Compute
 from hansa.server.desk import Desk
 from hansa.server.mail import RemotePeers, absence
 from hansa.server.store import Store, TaskKind, TaskRow
+from hansa.transport import describing
 from hansa.transport.messages import Inspected, Missing
 from hansa.transport.pieces import Manifest, describe
 from hansa.workers.runner import Course
@@ -196,8 +197,8 @@ class Remote:
             temporary.unlink(missing_ok=True)
             self._spares.take(temporary)
             with storage.rewritten(temporary) as file:
-                wire.write_plan(file, plan)
-            return self._announce(temporary, wire.cuts(temporary))
+                manifest = describing.write(file, wire.encoded_plan(plan))
+            return self._announce(temporary, manifest)
         except OSError as error:
             raise storage.full(temporary, error) from error
         finally:
@@ -215,7 +216,7 @@ class Remote:
                 temporary = self._plans / f".{hashlib.sha256(letter).hexdigest()}.tmp"
                 try:
                     temporary.write_bytes(letter)
-                    digests[letter] = self._announce(temporary)
+                    digests[letter] = self._announce(temporary, describe(temporary))
                 except OSError as error:
                     raise storage.full(temporary, error) from error
                 finally:
@@ -234,16 +235,15 @@ class Remote:
             try:
                 temporary.unlink(missing_ok=True)
                 storage.link(path, temporary)
-                digest = self._announce(temporary, wire.cuts(temporary))
+                digest = self._announce(temporary, describe(temporary, wire.cuts(temporary)))
             except OSError as error:
                 raise storage.full(temporary, error) from error
             finally:
                 temporary.unlink(missing_ok=True)
         return digest
 
-    def _announce(self, temporary: Path, cuts: Sequence[int] | None = None) -> str:
+    def _announce(self, temporary: Path, manifest: Manifest) -> str:
         """Let a file be what sites fetch, and return the address of its manifest."""
-        manifest = describe(temporary, cuts)
         self._announced.add(manifest.digest)
         (self._plans / f"{manifest.digest}.manifest").write_bytes(manifest.encode())
         temporary.replace(self._plans / f"{manifest.digest}.hansa")
