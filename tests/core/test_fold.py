@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hansa.core import fold as folds
+from hansa.core import shared as sharing
 from hansa.core import storage, wire
 from hansa.core import tree as trees
 from hansa.core.fold import Fold
@@ -554,6 +555,23 @@ def test_updates_on_disk_are_added_several_at_a_time_with_the_same_bits(
     assert [path.name for path in tmp_path.iterdir()] == ["work"], "what has been added is freed"
     folding.discard()
     assert {path.name for path in (tmp_path / "work").iterdir()} <= {storage.SPARES}
+
+
+def test_several_processors_add_with_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    sites = [f"s{i}" for i in range(6)]
+    updates = [
+        update(s, {"w": rng.normal(size=5 * trees.BLOCK + 7).astype(np.float32), "b": np.ones(3)}) for s in sites
+    ]
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(sharing, "_count", lambda threads=threads: threads)
+        folding = new_fold(updates[0], tmp_path, order=sites)
+        for item in updates:
+            folding.add(wire.spool(item, tmp_path / item.site))
+        found.append(bits(folding.close()))
+        folding.discard()
+    assert found[0] == found[1] == bits(fold_all(updates, order=sites))
 
 
 def test_an_update_that_is_about_to_be_added_has_answered(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hansa.core import shared as sharing
 from hansa.core import storage
 from hansa.core import tree as trees
 from hansa.errors import StorageError, WireError
@@ -544,3 +545,31 @@ def test_a_folder_that_can_t_be_made_is_no_error(tmp_path: Path) -> None:
     spares.give(filled(tmp_path / "old"))
     assert not (tmp_path / "old").exists()
     assert not spares.take(tmp_path / "new")
+
+
+def test_a_large_tree_is_saved_by_several_processors_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {
+        "w": np.arange(5 * trees.BLOCK + 1, dtype=np.float32),
+        "b": np.ones((3, 5)),
+        "n": np.arange(4),
+        "e": np.zeros(0),
+    }
+    for threads in (1, 4):
+        monkeypatch.setattr(sharing, "_count", lambda threads=threads: threads)
+        (tmp_path / str(threads)).write_bytes(b"longer than the tree" * 1_000_000)
+        storage.save_tree(tmp_path / str(threads), tree, durable=threads > 1)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "4").read_bytes()
+    loaded = storage.load_tree(tmp_path / "4")
+    assert all(np.array_equal(loaded[name], leaf) for name, leaf in tree.items())
+
+
+def test_what_is_synced_meanwhile_is_synced_or_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with storage.syncing(tmp_path / "file"):
+        pass
+    with pytest.raises(FileNotFoundError), storage.syncing(tmp_path / "gone"):
+        pass
+    with pytest.raises(KeyError), storage.syncing(tmp_path / "gone"):
+        raise KeyError
