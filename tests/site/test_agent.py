@@ -678,7 +678,12 @@ async def test_plans_that_were_not_signed(tmp_path, monkeypatch, change, reason)
 
 
 async def test_a_plan_that_is_no_plan(tmp_path, monkeypatch):
-    monkeypatch.setattr(wire, "write_plan", lambda file, plan: file.write(b"x" * 1000))
+    def hostile(self: Remote, plan: Plan) -> str:
+        path = self._plans / "junk"
+        path.write_bytes(b"x" * 1000)
+        return self._announce(path, describe(path))
+
+    monkeypatch.setattr(Remote, "publish", hostile)
     monkeypatch.setattr(wire, "cuts", lambda path: [0, 1000])
     async with loopback(tmp_path) as lab:
         await lab.start("s0")
