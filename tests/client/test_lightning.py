@@ -159,9 +159,9 @@ def told(done):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_patched_trainer_is_plain_training_with_its_optimisers_kept_or_not(tmp_path, keep):
-    done = run(a_job(tmp_path, ["momentum", "keep" if keep else "anew", "1", "auto"]))
-    check(done, by_hand(momentum=0.9, keep=keep))
-    other = by_hand(momentum=0.9, keep=not keep)["layer.weight"]
+    done = run(a_job(tmp_path, ["momentum", "keep" if keep else "anew", "1", "auto"], recipe={"sites": 1}))
+    check(done, by_hand(momentum=0.9, keep=keep, sites=(1,)))
+    other = by_hand(momentum=0.9, keep=not keep, sites=(1,))["layer.weight"]
     assert np.abs(other - load_file(done.directory / "model" / "model.safetensors")["layer.weight"]).max() > 1e-3
     losses = [record["metrics"]["val_loss"] for record in done.records]
     assert losses[-1] < losses[0]
@@ -191,6 +191,5 @@ def test_two_processes_of_which_rank_0_talks(tmp_path, strategy, weights):
 
 
 def test_lightnings_first_fsdp_is_for_gpus_only_and_says_so(tmp_path):
-    args = ["sgd", "keep", "2", "fsdp"]
     with pytest.raises(QuorumError, match="The strategy `fsdp` requires a GPU accelerator"):
-        run(a_job(tmp_path, args, recipe={"launch": LAUNCH, "sites": 1}))
+        run(a_job(tmp_path, ["sgd", "keep", "1", "fsdp"], recipe={"sites": 1}))

@@ -13,7 +13,6 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -23,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 import hansa.client as flare
 from hansa.client import script as api
 from hansa.client.link import Link
-from hansa.core.config import load, parse
+from hansa.core.config import parse
 from hansa.core.values import Plan
 from hansa.errors import DataError, FitError, HansaError, JobError, ModelError, QuorumError, SiteError
 from hansa.recipes import script
@@ -31,7 +30,6 @@ from hansa.simulation.run import run
 
 pytestmark = pytest.mark.timeout(90)
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_script" / "job.toml"
 
 TASK = {
     "type": "task",
@@ -396,17 +394,6 @@ def test_optimizer_params_do_not_leave(recwarn):
     host.send({"type": "end"})
     session.wait()
     host.close()
-
-
-@pytest.mark.timeout(240)  # starts torch in several processes
-def test_the_example_learns(tmp_path):
-    job = load(
-        EXAMPLE, [f"output.dir={tmp_path}", "rounds=4", "recipe.sites=2", "baselines.base=false", "engine.name=local"]
-    )
-    done = run(job)
-    scores = [record["metrics"]["accuracy"] for record in done.records]
-    assert scores[-1] > 0.6
-    assert scores[-1] > scores[0]
 
 
 def test_errors_are_hansa_errors():

@@ -11,12 +11,14 @@ import torch
 from safetensors.numpy import load_file
 
 from hansa import registry
+from hansa.client import script as client
 from hansa.client import torch as local
+from hansa.client.steps import prepare
 from hansa.client.work import begin
 from hansa.core.config import TrainSection, parse
 from hansa.core.ports import Correction
 from hansa.core.values import Plan
-from hansa.errors import FitError, QuorumError, SiteError
+from hansa.errors import FitError, JobError, QuorumError, SiteError
 from hansa.recipes import script
 from hansa.simulation.run import run
 
@@ -149,10 +151,10 @@ def trained(done):
 
 @pytest.mark.parametrize(
     ("strategy", "options", "way"),
-    [("fedprox", {"mu": 0.5}, ""), ("scaffold", {}, ""), ("scaffold", {}, "once"), ("scaffold", {}, "closure")],
+    [("fedprox", {"mu": 0.5}, ""), ("scaffold", {}, ""), ("scaffold", {}, "once closure")],
 )
 def test_a_prepared_script_is_the_algorithm(tmp_path, strategy, options, way):
-    job = a_job(tmp_path, strategy={"name": strategy, **options}, recipe={"args": [way]})
+    job = a_job(tmp_path, strategy={"name": strategy, **options}, recipe={"args": way.split()})
     got, expected = trained(run(job)), by_hand(strategy, options)
     plain = by_hand("fedavg", {})
     for name, leaf in expected.items():
@@ -209,22 +211,47 @@ SGD = "torch.optim.SGD(model.parameters(), lr=0.05)"
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        ("torch.optim.Adam(model.parameters())", "Adam takes others. Use torch.optim.SGD without momentum"),
-        ("torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)", "this SGD has momentum"),
-        ("torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)", "this SGD maximises"),
+        (lambda net: torch.optim.Adam(net.parameters()), "Adam takes others. Use torch.optim.SGD without momentum"),
+        (lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), "this SGD has momentum"),
+        (lambda net: torch.optim.SGD(net.parameters(), lr=0.1, maximize=True), "this SGD maximises"),
         (
-            "torch.optim.SGD([{'params': model[0].parameters(), 'lr': 1}, {'params': model[2].parameters()}], lr=0.1)",
+            lambda net: torch.optim.SGD(
+                [{"params": net[0].parameters(), "lr": 1}, {"params": net[2].parameters()}], lr=0.1
+            ),
             "several learning rates",
         ),
-        ("torch.optim.LBFGS(model.parameters())", "L-BFGS's inner steps"),
-        ("torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)", "has no tensor that this optimiser moves"),
+        (lambda net: torch.optim.LBFGS(net.parameters()), "L-BFGS's inner steps"),
+        (
+            lambda net: torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1),
+            "has no tensor that this optimiser moves",
+        ),
     ],
+    ids=["adam", "momentum", "maximize", "rates", "lbfgs", "another model's"],
 )
-def test_scaffold_refuses_other_optimisers(tmp_path, optimizer, words):
-    refused(tmp_path, SCRIPT.replace(SGD, optimizer), "scaffold", words)
+@pytest.mark.parametrize("when", ["at prepare", "in a later task"])
+def test_scaffold_refuses_other_optimisers(monkeypatch, optimizer, words, when):
+    """As soon as its task is known, and before anything has moved."""
+    names = model_space()
+    model = names["make"]()
+    start = local.copy_out(dict(model.named_parameters()))
+    session = client.Session(None, {"site": "site-1"})
+    monkeypatch.setattr(client, "_session", session)
+
+    def task(number, correction):
+        session.assignment = client.Assignment(number, "train", "own", number, 3, {}, correction)
+        session.context = {"correction": {name: np.zeros_like(leaf) for name, leaf in start.items()}}
+
+    scaffold = {"name": "scaffold", "options": {}}
+    task(1, scaffold if when == "at prepare" else None)
+    with pytest.raises(JobError) as caught:  # noqa: PT012
+        _, moving = prepare(model, optimizer(model))
+        task(2, scaffold)
+        moving.step(lambda: names["loss"](model, next(names["batches"]("site-1", 1))))
+    assert words in caught.value.message
+    np.testing.assert_equal(local.copy_out(dict(model.named_parameters())), start)
 
 
-def test_adam_is_refused_at_prepare_where_the_task_is_known(tmp_path):
+def test_a_refused_optimiser_ends_the_task(tmp_path):
     code = """
     import torch
     import hansa.client as flare
@@ -256,8 +283,7 @@ def test_the_first_fsdp_is_refused_where_gradients_are_corrected(tmp_path):
 
 def test_an_update_from_a_script_that_did_not_prepare_is_refused(tmp_path):
     code = SCRIPT.replace("flare.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))", f"model, {SGD}")
-    for strategy in ("scaffold", {"name": "fedprox", "mu": 0.1}):
-        refused(tmp_path, code, strategy, "Call hansa.client.prepare(model, optimizer, loader) or patch(trainer)")
+    refused(tmp_path, code, "scaffold", "Call hansa.client.prepare(model, optimizer, loader) or patch(trainer)")
 
 
 def test_scripts_that_do_not_say_prepared_are_refused_before_they_start(tmp_path):
