@@ -2,7 +2,9 @@
 # `make quickstart` and `make test` are complete on a fresh machine: Python 3.11+ and a package registry.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+# Many tests wait, for processes, disks and leases: three at a time keep two cores busy. Each takes neighbours, which share
+# what a module sets up, and then from whoever has most left.
+PYTEST_ARGS ?= -n 3 --dist worksteal
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help

@@ -28,7 +28,7 @@ from hansa.transport.pieces import describe
 
 
 class Loopback:
-    """Everybody's folders, the server's port, and the agents that were started."""
+    """Everybody's folders, the server's port, and the agents that were started, which end with its context."""
 
     def __init__(self, directory: Path, sites: Sequence[str]) -> None:
         self.made = provision(directory / "fed", "lab", "127.0.0.1:8470", sites, ["ana"])
@@ -36,6 +36,13 @@ class Loopback:
         self.port = 0
         self.agents: dict[str, asyncio.Task[None]] = {}
         self._folder = directory
+
+    async def __aenter__(self) -> Loopback:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for site in list(self.agents):
+            await self.stop(site)
 
     @contextlib.asynccontextmanager
     async def serving(self, **settings: Any) -> AsyncIterator[Running]:
@@ -124,14 +131,10 @@ class Lead:
 async def loopback(directory: Path, sites: Sequence[str] = ("s0",), **settings: Any) -> AsyncIterator[Loopback]:
     """Make a federation and run its server; agents that are started end with it."""
     made = Loopback(directory, sites)
-    async with made.serving(**settings):
+    async with made.serving(**settings), made:
         for site in sites:
             made.write(site)
-        try:
-            yield made
-        finally:
-            for site in list(made.agents):
-                await made.stop(site)
+        yield made
 
 
 def _toml(value: Any) -> str:

@@ -216,8 +216,7 @@ async def test_whoever_stops_between_any_two_steps_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(JoinedJob, "_correspond", corresponding)
     monkeypatch.setattr(JoinedJob, "_perform", performing)
     monkeypatch.setattr(RemotePeers, "send", sending)
-    federation = Loopback(tmp_path, SITES)
-    try:
+    async with Loopback(tmp_path, SITES) as federation:
         async with federation.serving():
             await attended(federation)
             async with federation.lead() as lead:
@@ -235,9 +234,6 @@ async def test_whoever_stops_between_any_two_steps_goes_on(tmp_path, monkeypatch
                 await asyncio.to_thread(halted.wait)
         async with federation.serving(), federation.lead() as lead:
             view = await lead.wait(id)
-    finally:
-        for site in list(federation.agents):
-            await federation.stop(site)
     await equals_a_simulation(tmp_path, federation, view)
     assert [record["accepted"] for record in view.records] == [list(SITES)] * 2
 

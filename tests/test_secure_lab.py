@@ -165,20 +165,26 @@ async def test_an_agent_that_dies_in_every_phase_goes_on(tmp_path, monkeypatch):
     assert view.records[0]["absent"] == []
 
 
-async def test_a_server_that_stops_when_the_sum_is_known_goes_on(tmp_path, monkeypatch):
-    """The round's, while that of its evaluation is to be unmasked; for the phases before see SIGKILL below."""
+def halting(monkeypatch, due: list[tuple[str, str]]) -> threading.Event:
+    """Have the job halt when a phase of a task's sum has been answered, one after the other, and tell of it."""
     struck, exchange = threading.Event(), remote.RemoteLine.exchange
 
     async def deadly(self, plan, phase, letters):
         answers = await exchange(self, plan, phase, letters)
-        if phase == "vote" and plan.task == "evaluate" and not struck.is_set():
+        if due and (phase, plan.task) == due[0]:
+            del due[0]
             struck.set()
             await asyncio.Event().wait()
         return answers
 
     monkeypatch.setattr(remote.RemoteLine, "exchange", deadly)
-    federation = Loopback(tmp_path, SITES)
-    try:
+    return struck
+
+
+async def test_a_server_that_stops_when_the_sum_is_known_goes_on(tmp_path, monkeypatch):
+    """The round's, while that of its evaluation is to be unmasked; for the phases before see SIGKILL below."""
+    struck = halting(monkeypatch, [("vote", "evaluate")])
+    async with Loopback(tmp_path, SITES) as federation:
         async with federation.serving():
             await attended(federation)
             async with federation.lead() as lead:
@@ -186,28 +192,14 @@ async def test_a_server_that_stops_when_the_sum_is_known_goes_on(tmp_path, monke
             await asyncio.to_thread(struck.wait, 60)
         async with federation.serving(), federation.lead() as lead:
             view = await lead.wait(id)
-    finally:
-        for site in list(federation.agents):
-            await federation.stop(site)
     await equals_a_simulation(tmp_path, federation, view)
     assert view.records[0]["accepted"] == list(SITES)
 
 
 async def test_a_server_that_has_lost_its_work_goes_on_with_other_keys(tmp_path, monkeypatch):
     """As one does that moves to another machine, with the database, in its second attempt at the round."""
-    due, struck, exchange = ["share", "vote"], threading.Event(), remote.RemoteLine.exchange
-
-    async def deadly(self, plan, phase, letters):
-        answers = await exchange(self, plan, phase, letters)
-        if due and phase == due[0]:
-            del due[0]
-            struck.set()
-            await asyncio.Event().wait()
-        return answers
-
-    monkeypatch.setattr(remote.RemoteLine, "exchange", deadly)
-    federation = Loopback(tmp_path, SITES)
-    try:
+    struck = halting(monkeypatch, [("share", "train"), ("vote", "train")])
+    async with Loopback(tmp_path, SITES) as federation:
         async with federation.serving():
             await attended(federation)
             async with federation.lead() as lead:
@@ -219,9 +211,6 @@ async def test_a_server_that_has_lost_its_work_goes_on_with_other_keys(tmp_path,
         shutil.rmtree(federation.made.server / "jobs" / id / "work")
         async with federation.serving(), federation.lead() as lead:
             view = await lead.wait(id)
-    finally:
-        for site in list(federation.agents):
-            await federation.stop(site)
     await equals_a_simulation(tmp_path, federation, view)
     assert view.records[0]["accepted"] == list(SITES)
 

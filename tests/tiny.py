@@ -36,6 +36,18 @@ BERT: Mapping[str, Any] = {
     },
     "tokenizer": "bytes",
 }
+VIT: Mapping[str, Any] = {
+    "config": {
+        "model_type": "vit",
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+}
 
 
 def rows(path: Path, items: Sequence[Mapping[str, Any]]) -> str:

@@ -27,20 +27,10 @@ from hansa.core.values import Plan
 from hansa.errors import DataError, FitError, HansaError, JobError, ModelError, QuorumError, SiteError
 from hansa.recipes import script
 from hansa.simulation.run import run
+from links import TASK
 
 pytestmark = pytest.mark.timeout(90)
 
-
-TASK = {
-    "type": "task",
-    "task": "train",
-    "job": "j",
-    "round": 1,
-    "rounds": 2,
-    "meta": {},
-    "correction": None,
-    "private": None,
-}
 
 GOOD = """
 import hansa.client as flare

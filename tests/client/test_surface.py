@@ -33,6 +33,7 @@ from hansa.privacy.plan import Terms
 from hansa.privacy.protect import bounded
 from hansa.recipes import script
 from hansa.simulation.run import run
+from links import TASK
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -228,18 +229,6 @@ def test_decorated_functions_receive_and_send(tmp_path):
     assert load_file(done.directory / "model" / "model.safetensors")["w"].tolist() == [6, 6, 6]
     assert [r["metrics"]["loss"] for r in done.records] == [3, 5, 7]
     assert [r["metrics"]["train_loss"] for r in done.records] == [1, 3, 5]
-
-
-TASK = {
-    "type": "task",
-    "task": "train",
-    "job": "j",
-    "round": 1,
-    "rounds": 2,
-    "meta": {},
-    "correction": None,
-    "private": None,
-}
 
 
 def test_what_is_kept_and_what_is_waited_for():

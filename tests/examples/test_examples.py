@@ -19,7 +19,7 @@ def test_a_loop_of_ones_own():
 
 
 def test_a_script_of_ones_own(tmp_path):
-    job = config.load(EXAMPLES / "own_script" / "job.toml", [f"output.dir={tmp_path}"])
+    job = config.load(EXAMPLES / "own_script" / "job.toml", [f"output.dir={tmp_path}", "rounds=5"])
     done = run(job)
     metrics = done.records[-1]["metrics"]
     assert metrics["accuracy"] > 0.8, "a site alone knows three tenths of the classes well"
@@ -27,7 +27,7 @@ def test_a_script_of_ones_own(tmp_path):
 
 
 def test_a_patched_trainer(tmp_path):
-    job = config.load(EXAMPLES / "patched_trainer" / "job.toml", [f"output.dir={tmp_path}"])
+    job = config.load(EXAMPLES / "patched_trainer" / "job.toml", [f"output.dir={tmp_path}", "rounds=5"])
     done = run(job)
     scores = [record["metrics"]["eval_accuracy"] for record in done.records]
     assert scores[-1] > 0.7 > 0.6 > scores[0], "a site alone knows five of ten classes well"

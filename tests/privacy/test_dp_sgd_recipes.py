@@ -22,7 +22,7 @@ from hansa.privacy.plan import SLACK
 from hansa.privacy.steps import NoisySteps
 from hansa.runs.run import list_runs
 from hansa.simulation.run import run
-from tiny import BERT, LLAMA, plan, program, rows
+from tiny import BERT, LLAMA, VIT, plan, program, rows
 
 LORA = {"method": "lora", "r": 4}
 PRIVATE = {"mechanism": "dp-sgd", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3}
@@ -40,18 +40,6 @@ GPT2: Mapping[str, Any] = {
         "summary_first_dropout": 0.0,
     },
     "tokenizer": "bytes",
-}
-VIT: Mapping[str, Any] = {
-    "config": {
-        "model_type": "vit",
-        "image_size": 8,
-        "patch_size": 4,
-        "num_channels": 1,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
 }
 LENGTH = 48
 

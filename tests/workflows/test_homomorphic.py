@@ -75,7 +75,11 @@ def test_an_adapter_is_tuned_as_without(tmp_path, tuned, engine):
     """Sums of three are off by 3 · 1e-7 / 2, and over a weight above 0.3."""
     common, plain = tuned
     section = {"metrics": {"loss_sum": 1e6, "tokens": 1e6}, "range": 1.0, "step": 1e-7}
-    more = {"engine": {"name": engine}, "output": {"dir": str(tmp_path)}, "homomorphic_encryption": section}
+    more = {
+        "engine": {"name": engine, "workers": 1},
+        "output": {"dir": str(tmp_path)},
+        "homomorphic_encryption": section,
+    }
     hidden = run(config.parse({**common, **more}))
     params, others = (
         {name: np.asarray(leaf) for name, leaf in leaves(loaded(done).model.params).items()} for done in (plain, hidden)

@@ -88,11 +88,23 @@ def test_the_server_gets_uniform_bytes_of_every_site(tmp_path, monkeypatch):
         assert ((counts - expected) ** 2 / expected).sum() < 400  # chi-square with 255 degrees: p < 1e-8
 
 
+@pytest.fixture(scope="module")
+def in_the_open(tmp_path_factory):
+    """One round in the open of all ten sites, and of those that stay."""
+    folder = tmp_path_factory.mktemp("open")
+
+    def without(left):
+        faults = {"recipe": {"faults": {f"{site}:1": "raise" for site in left}}}
+        return run(job(folder / str(len(left)), masked=False, rounds=1, **faults))
+
+    return {"all": without([]), "stayed": without(sorted(GONE))}
+
+
 @pytest.mark.parametrize("engine", ["local", "processes"])
 @pytest.mark.parametrize("phase", ["advertise", "share", "receive", "train", "vote", "reveal"])
-def test_three_of_ten_drop_out_in_any_phase(tmp_path, monkeypatch, engine, phase):
+def test_three_of_ten_drop_out_in_any_phase(tmp_path, monkeypatch, in_the_open, engine, phase):
     """Up to the upload they are not in the sum; after it they are, and the others unmask it."""
-    late = phase in ("vote", "reveal")
+    plain = in_the_open["all" if phase in ("vote", "reveal") else "stayed"]
 
     def drop(now, answers):
         return {
@@ -103,11 +115,7 @@ def test_three_of_ten_drop_out_in_any_phase(tmp_path, monkeypatch, engine, phase
     exchanging(monkeypatch, drop)
     faults = {"recipe": {"faults": {f"{site}:1": "raise" for site in GONE}}} if phase == "train" else {}
     values = {"rounds": 1, "engine": {"name": engine}, "secure_aggregation": {"metrics": {}}}
-    done = run(job(tmp_path / "masked", **values, **faults))
-    left = [] if late else sorted(GONE)
-    monkeypatch.undo()
-    without = {"recipe": {"faults": {f"{site}:1": "raise" for site in left}}}
-    plain = run(job(tmp_path / "plain", masked=False, rounds=1, **without))
+    done = run(job(tmp_path, **values, **faults))
     assert np.abs(final(done) - final(plain)).max() < 1e-7
     assert done.records[0]["accepted"] == plain.records[0]["accepted"]
     assert {absent["site"] for absent in done.records[0]["absent"]} == GONE
@@ -241,15 +249,20 @@ run(job, resume=mode == "resume")
 """
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """The run that nothing kills."""
+    return run(job(tmp_path_factory.mktemp("calm")))
+
+
 @pytest.mark.parametrize(
     ("phase", "session"),
     [("advertise", 2), ("reveal", 2)]
     + [(phase, 3) for phase in ("advertise", "share", "receive", "vote", "reveal", "finish")],
 )
-def test_sigkill_in_any_phase_ends_with_the_same_model(tmp_path, phase, session):
+def test_sigkill_in_any_phase_ends_with_the_same_model(tmp_path, calm, phase, session):
     """A round's evaluation is killed, or the next one's training; then the resumed run's first session too."""
-    calm = run(job(tmp_path / "calm"))
-    values = json.dumps(job(tmp_path / "killed").model_dump(mode="json"))
+    values = json.dumps(job(tmp_path).model_dump(mode="json"))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def child(mode: str, phase: str, round: int) -> int:
@@ -259,7 +272,7 @@ def test_sigkill_in_any_phase_ends_with_the_same_model(tmp_path, phase, session)
     assert child("new", phase, session) == -signal.SIGKILL
     assert child("resume", phase, 1) == -signal.SIGKILL
     assert child("resume", "none", 0) == 0
-    (done,) = list_runs(tmp_path / "killed")
+    (done,) = list_runs(tmp_path)
     assert np.abs(final(done) - final(calm)).max() < 1e-7
     for mine, theirs in zip(done.records, calm.records, strict=True):
         assert (mine["accepted"], mine["absent"]) == (theirs["accepted"], [])
