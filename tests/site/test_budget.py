@@ -479,28 +479,39 @@ async def test_nothing_is_trained_on_a_ledger_that_was_tampered_with(tmp_path, c
         assert trained(tmp_path) == Counter({"s0 1": 1})
 
 
-async def test_dp_sgd_is_charged_by_the_examples_that_it_trains_on(tmp_path):
-    asked = config.parse(
-        {
-            "name": "heart",
-            "rounds": 2,
-            "recipe": {"name": "tabular-classification", "features": ["age"], "offset": [45], "scale": [10]},
-            "data": {"train": "site:notes", "columns": {"label": "sick"}, "labels": ["no", "yes"]},
-            "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 4},
-            "evaluation": {"every": 0},
-            "privacy": {**DP_SGD, "noise_multiplier": 4.0},
-            "baselines": {"local": False, "base": False},
-            "directory": str(tmp_path),
-        }
-    )
-    async with loopback(tmp_path) as lab:
+@contextlib.asynccontextmanager
+async def at_a_clinic(folder: Path, **sections):
+    """A site with a budget and a table of 50 rows, and a job under dp-sgd that trains on them."""
+    values = {
+        "name": "heart",
+        "rounds": 1,
+        "data": {"train": "site:notes"},
+        "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 5},
+        "evaluation": {"every": 0},
+        "privacy": {**DP_SGD, "noise_multiplier": 4.0},
+        "baselines": {"local": False, "base": False},
+        "directory": str(folder),
+        **sections,
+    }
+    async with loopback(folder) as lab:
         write(lab, 9.0)
-        rows = "".join(f"{30 + i},{'yes' if i > 24 else 'no'}\n" for i in range(50))
-        (lab.site("s0") / "notes.csv").write_text(f"age,sick\n{rows}")
+        (lab.site("s0") / "notes.csv").write_text("age,sick\n" + "".join(f"{i / 50},{i % 2}\n" for i in range(50)))
         text = (lab.site("s0") / "site.toml").read_text().replace("notes.jsonl", "notes.csv")
-        (lab.site("s0") / "site.toml").write_text(text.replace('"toys:build"', '"tabular-classification"'))
+        text = text.replace('"toys:build"', f'"{values["recipe"]["name"]}"')
+        (lab.site("s0") / "site.toml").write_text(f'{text}\nsigners = ["ana"]\n')
         await lab.start("s0")
-        view = await lab.run(asked)
+        yield lab, config.parse(values)
+
+
+async def test_dp_sgd_is_charged_by_the_examples_that_it_trains_on(tmp_path):
+    asked = {
+        "rounds": 2,
+        "recipe": {"name": "tabular-classification", "features": ["age"], "offset": [0.5], "scale": [0.3]},
+        "data": {"train": "site:notes", "columns": {"label": "sick"}, "labels": ["0", "1"]},
+        "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 4},
+    }
+    async with at_a_clinic(tmp_path, **asked) as (lab, job):
+        view = await lab.run(job)
         assert view.line.state == "finished", view.line.error
         found = kept(lab).entries
         assert [(entry.round, entry.unit, entry.release) for entry in found] == [
@@ -549,34 +560,15 @@ if __name__ == "__main__":
 """
 
 
-@contextlib.asynccontextmanager
-async def at_a_clinic(folder: Path, script: str, **recipe):
-    """A site with a budget and 50 rows, and a job under dp-sgd that trains on them by a script."""
+def scripted(folder: Path, script: str, **recipe):
+    """Sections of a job that trains by a script."""
     (folder / "train.py").write_text(script)
-    values = {
-        "name": "heart",
-        "rounds": 1,
-        "recipe": {"name": "script", "path": "train.py", "steps": "prepared", "examples": 50, **recipe},
-        "model": {"factory": "train.py:make"},
-        "data": {"train": "site:notes"},
-        "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 5},
-        "evaluation": {"every": 0},
-        "privacy": {**DP_SGD, "noise_multiplier": 4.0},
-        "baselines": {"local": False, "base": False},
-        "directory": str(folder),
-    }
-    async with loopback(folder) as lab:
-        write(lab, 9.0)
-        (lab.site("s0") / "notes.csv").write_text("age,sick\n" + "".join(f"{i / 50},{i % 2}\n" for i in range(50)))
-        text = (lab.site("s0") / "site.toml").read_text().replace("notes.jsonl", "notes.csv")
-        text = text.replace('"toys:build"', '"script"')
-        (lab.site("s0") / "site.toml").write_text(f'{text}\nsigners = ["ana"]\n')
-        await lab.start("s0")
-        yield lab, config.parse(values)
+    recipe = {"name": "script", "path": "train.py", "steps": "prepared", "examples": 50, **recipe}
+    return {"recipe": recipe, "model": {"factory": "train.py:make"}}
 
 
 async def test_a_script_under_dp_sgd_is_charged_by_what_its_job_says_of_its_data(tmp_path):
-    async with at_a_clinic(tmp_path, SCRIPT) as (lab, asked):
+    async with at_a_clinic(tmp_path, **scripted(tmp_path, SCRIPT)) as (lab, asked):
         view = await lab.run(asked)
         assert view.line.state == "finished", view.line.error
         (entry,) = kept(lab).entries
@@ -586,7 +578,8 @@ async def test_a_script_under_dp_sgd_is_charged_by_what_its_job_says_of_its_data
 @pytest.mark.parametrize("script", [SCRIPT, UNPREPARED], ids=["prepared", "unprepared"])
 async def test_a_process_of_the_owners_own_under_dp_sgd(tmp_path, script):
     """Charged like any other; without the prepared steps nothing is sent, and why is told to the owner alone."""
-    async with at_a_clinic(tmp_path, script, attached=True) as (lab, asked), lab.lead() as lead:
+    sections = scripted(tmp_path, script, attached=True)
+    async with at_a_clinic(tmp_path, **sections) as (lab, asked), lab.lead() as lead:
         id = await lead.submit(asked)
         await until(lambda: (lab.site("s0") / "work" / "jobs" / id / "files" / "train.py").exists())
         command = ["site", "attach", id, "--dir", str(lab.site("s0")), "--", sys.executable, str(tmp_path / "train.py")]
