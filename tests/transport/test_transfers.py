@@ -4,28 +4,35 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import grpc
-import grpc.aio
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hansa.errors import AccessError, ChecksumError, JobError, StorageError, UnreachableError, WireError
+from hansa.errors import (
+    AccessError,
+    ChecksumError,
+    JobError,
+    StorageError,
+    UnreachableError,
+    VersionError,
+    WireError,
+)
 from hansa.pki.identity import Identity, Role
-from hansa.transport import budget, client, messages, protocol
+from hansa.transport import client, diagnosis, door, lane, messages, protocol
 from hansa.transport.client import Connection
+from hansa.transport.lane import Kind, Lane, LostError
 from hansa.transport.messages import Get, Offer
-from hansa.transport.pieces import PIECE_BYTES, Incoming, Manifest, describe
+from hansa.transport.pieces import PIECE_BYTES, Arrival, Incoming, Manifest, describe
 from hansa.transport.server import Destination, Server, serve
 from relay import Relay, relay
 
@@ -181,7 +188,7 @@ async def test_a_client_that_is_killed(
         )  # fmt: skip
         await asyncio.wait_for(halfway.wait(), 60)
         part = tmp_path / "back.part"
-        while not part.exists() or part.stat().st_size < (6 + client.AHEAD) * PIECE_BYTES:  # some before it may lack
+        while not part.exists() or part.stat().st_size < 8 * PIECE_BYTES:
             await asyncio.sleep(0.01)
         child.kill()
         child.wait()
@@ -214,22 +221,22 @@ async def test_a_download_that_breaks_after_its_last_piece(
 ) -> None:
     """All is there and only the call's end is lost: nothing is asked for again, and nothing is missing."""
     manifest = depot.put(file)
-    frames = client.Connection._frames
-    seen: list[bytes] = []
+    receive = Lane.receive_pieces
+    broken = []
 
-    async def without_end(self: client.Connection, call: object) -> AsyncIterator[bytes]:
-        async for data in frames(self, call):
-            seen.append(data)
-            yield data
-        if len(seen) == PIECES + 2:
-            raise client._LostError("cut")
+    async def then_break(
+        self: Lane, incoming: Incoming, indices: Iterable[int], told: Callable[[], object] = lambda: None
+    ) -> None:
+        await receive(self, incoming, indices, told)
+        broken.append(incoming.num_bytes_missing)
+        raise LostError("cut")
 
-    monkeypatch.setattr(client.Connection, "_frames", without_end)
+    monkeypatch.setattr(Lane, "receive_pieces", then_break)
     async with dial() as connection:
         await connection.download("j", manifest.digest, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
     assert len(depot.gets) == 1
-    assert len(seen) == PIECES + 2
+    assert broken == [0]
 
 
 async def test_patience_ends(dial: Dial, server: Server, depot: Depot, file: Path, tmp_path: Path) -> None:
@@ -389,16 +396,36 @@ HOSTILE = {
     "a manifest that is none": [Offer("j", "t", "0" * 64, 4), b"HPMX"],
     "a manifest too long": [Offer("j", "t", "0" * 64, 1 << 40), bytes(1 << 20)],
     "more manifest than offered": [Offer("j", "t", "0" * 64, 4), bytes(1 << 20)],
-    "no manifest": [Offer("j", "t", "0" * 64, 4)],
-    "nothing": [],
-    "a path": [{"job": "j", "task": "t", "digest": "../../etc/passwd", "manifest_bytes": 4}, b"HPM1"],
+    "a path": [{"type": "Offer", "job": "j", "task": "t", "digest": "../../etc/passwd", "manifest_bytes": 4}, b"HPM1"],
+    "an offer of no kind": [{"job": "j", "task": "t", "digest": "0" * 64, "manifest_bytes": 4}],
+    "a piece instead of an offer": [(Kind.PIECE, b"x")],
+    "a problem instead of an offer": [(Kind.PROBLEM, protocol.problem(AccessError("You are not the server.")))],
+    "a beat with a body": [(Kind.BEAT, b"x")],
+    "a frame of no kind": [(77, b"x")],
+    "a request that is too long": [
+        (Kind.PART, bytes(lane.FRAME_BYTES)),
+        (Kind.PART, bytes(lane.FRAME_BYTES)),
+        b"x" * 9,
+    ],
+    "a frame that is too long": [(Kind.MESSAGE, bytes(lane.FRAME_BYTES + 1))],
 }
+Said = Sequence[Offer | Get | dict[str, object] | bytes | tuple[int, bytes]]
 
 
 @pytest.mark.parametrize("said", HOSTILE.values(), ids=HOSTILE.keys())
-async def test_uploads_that_are_none(dial: Dial, depot: Depot, said: list[Offer | dict[str, object] | bytes]) -> None:
+async def test_uploads_that_are_none(dial: Dial, depot: Depot, said: Said) -> None:
     async with dial() as connection:
         with pytest.raises(WireError):
+            await spoken(connection, said)
+        await connection.call(messages.ListJobs())
+    assert depot.stored == []
+    assert list(depot.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("said", [[], [Offer("j", "t", "0" * 64, 4)]], ids=["nothing", "no manifest"])
+async def test_an_upload_that_ends_early(dial: Dial, depot: Depot, said: Said) -> None:
+    async with dial() as connection:
+        with pytest.raises(LostError):
             await spoken(connection, said)
         await connection.call(messages.ListJobs())
     assert depot.stored == []
@@ -411,20 +438,51 @@ async def test_pieces_that_nobody_asked_for(dial: Dial, depot: Depot, file: Path
     async with dial() as connection:
         for frame in (b"", b"\0\0\0\0", b"x" * PIECE_BYTES, b"x" * (PIECE_BYTES + 1)):
             with pytest.raises((WireError, ChecksumError)):
-                await spoken(connection, [*offer, frame])
+                await spoken(connection, [*offer, (Kind.PIECE, frame)])
     assert depot.stored == []
 
 
-async def spoken(
-    connection: Connection, said: Sequence[Offer | dict[str, object] | bytes], method: str = "Upload"
+async def test_a_server_that_sends_more_than_it_was_asked_for(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Say anything over a stream, and hear it to its end."""
-    async with connection._stream(method) as call:
+    """The surplus is not taken for what is asked for next."""
+    manifest, send = depot.put(file), Lane.send_pieces
+
+    async def twice(
+        self: Lane, opened: int, manifest: Manifest, indices: Iterable[int], path: Path, *told: Callable[[int], object]
+    ) -> None:
+        wanted = list(indices)
+        await send(self, opened, manifest, [*wanted, wanted[0]], path, *told)
+
+    monkeypatch.setattr(Lane, "send_pieces", twice)
+    async with dial() as connection:
+        await connection.download("j", manifest.digest, tmp_path / "back")
+        with pytest.raises(WireError, match="a piece where it was to say something"):
+            await connection.download("j", manifest.digest, tmp_path / "again")
+        await connection.download("j", manifest.digest, tmp_path / "again")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "again").read_bytes() == file.read_bytes()
+
+
+async def spoken(connection: Connection, said: Said) -> None:
+    """Say anything over a lane, and hear it to its end."""
+    async with connection._lane() as lane:
         for item in said:
-            await call.write(item if isinstance(item, bytes) else msgspec.msgpack.encode(item))
-        await call.done_writing()
-        async for _ in connection._frames(call):
-            pass
+            match item:
+                case (int(), bytes()):
+                    kind, data = item
+                case bytes():
+                    kind, data = Kind.MESSAGE, item
+                case _:
+                    kind, data = Kind.MESSAGE, msgspec.msgpack.encode(item)
+            lane._encrypt(lane_header(kind, data) + data)
+            await lane._drive(lane._flush())
+        lane._socket.shutdown(socket.SHUT_WR)
+        while True:
+            await lane.hear(1 << 20)
+
+
+def lane_header(kind: int, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "little") + bytes([kind])
 
 
 @pytest.mark.parametrize(
@@ -434,15 +492,50 @@ async def test_pieces_that_are_not_there(dial: Dial, depot: Depot, file: Path, r
     manifest = depot.put(file)
     async with dial() as connection:
         with pytest.raises(WireError, match="There are no pieces"):
-            await spoken(connection, [protocol.encode(Get("j", manifest.digest, ranges))], "Download")
+            await spoken(connection, [Get("j", manifest.digest, ranges)])
     assert depot.num_bytes_sent == 0
 
 
 async def test_more_ranges_than_a_message_may_have(dial: Dial, depot: Depot) -> None:
     ranges = [(2 * index, 2 * index + 1) for index in range(messages.MAX_RANGES + 1)]
     async with dial() as connection:
-        with pytest.raises(WireError, match="This is no Get message"):
-            await spoken(connection, [protocol.encode(Get("j", "0" * 64, ranges))], "Download")
+        with pytest.raises(WireError, match="This is no Get"):
+            await spoken(connection, [Get("j", "0" * 64, ranges)])
+
+
+frames = st.lists(
+    st.tuples(
+        st.sampled_from([*Kind, *(5 * [Kind.MESSAGE]), 9]),
+        st.binary(max_size=200)
+        | st.sampled_from([Offer("j", "t", "0" * 64, 4), Get("j", "0" * 64), Get("j", "1" * 64, [(0, 1)])]).map(
+            msgspec.msgpack.encode
+        )
+        | st.just(b"HPM1"),
+    ),
+    max_size=4,
+)
+
+
+async def test_a_lane_survives_any_frames(dial: Dial, depot: Depot, caplog: pytest.LogCaptureFixture) -> None:
+    cases: list[list[tuple[int, bytes]]] = []
+    outcomes = set()
+
+    @given(frames)
+    @settings(max_examples=60)
+    def collect(said: list[tuple[int, bytes]]) -> None:
+        cases.append(said)
+
+    await asyncio.to_thread(collect)
+    async with dial() as connection:
+        for said in cases:
+            try:
+                await spoken(connection, said)
+            except (WireError, JobError, LostError) as error:
+                outcomes.add(type(error))
+        await connection.call(messages.ListJobs())
+    assert outcomes == {WireError, JobError, LostError}
+    assert depot.stored == []
+    assert not [record for record in caplog.records if record.exc_info], "nothing of this is a defect"
 
 
 async def test_many_gaps_are_asked_for_in_turn(
@@ -465,109 +558,129 @@ async def test_many_gaps_are_asked_for_in_turn(
 
 
 async def test_a_slow_disk_holds_the_network_back(
-    dial: Dial, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dial: Dial, depot: Depot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one end can not write, the other is asked for a window of pieces, and all of them arrive later."""
-    monkeypatch.setattr(client, "WINDOW_BYTES", 8 << 20)
+    """While one end can not write, the other reads no more than TCP's windows hold, and all of it arrives later."""
+    file = tmp_path / "large"
+    file.write_bytes(np.random.default_rng(0).bytes(64 << 20))
     manifest = depot.put(file)
-    released, writing = threading.Event(), []
-    write = Incoming.write
+    released, reading, add, preadv = threading.Event(), [0], Arrival.add, os.preadv
 
-    def slow(self: Incoming, index: int, payload: bytes | memoryview) -> None:
-        writing.append(index)
+    def slow(self: Arrival, payload: bytes | bytearray | memoryview) -> None:
         released.wait()
-        write(self, index, payload)
+        add(self, payload)
 
-    monkeypatch.setattr(Incoming, "write", slow)
-    read: list[int] = []
-    pread = os.pread
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        reading[0] += len(buffers[0])
+        return preadv(descriptor, buffers, offset)
 
-    def counted(descriptor: int, length: int, offset: int) -> bytes:
-        read.append(offset)
-        return pread(descriptor, length, offset)
-
-    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(Arrival, "add", slow)
+    monkeypatch.setattr(os, "preadv", counted)
     async with dial() as connection:
         transfer = asyncio.create_task(connection.download("j", manifest.digest, tmp_path / "back"))
         settled = 0
-        while not read or settled < 20:
-            before = len(read)
+        while not reading[0] or settled < 20:
+            before = reading[0]
             await asyncio.wait({transfer}, timeout=0.05)
-            settled = settled + 1 if len(read) == before else 0
-        assert len(writing) <= 3
-        assert len(read) < PIECES, "the server has not read all of the file"
+            settled = settled + 1 if reading[0] == before else 0
+        assert reading[0] < 32 << 20, "the server has not read all of the file"
         released.set()
         await transfer
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
 
 
-@pytest.fixture
-def channels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All channels that are made."""
-    found: list[Any] = []
-    secure_channel = grpc.aio.secure_channel
+# Lanes
 
-    def noted(*arguments: object) -> object:
-        found.append(secure_channel(*arguments))
+
+@pytest.fixture
+def dialled(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
+    """All connections that were made for lanes."""
+    found: list[socket.socket] = []
+    reach = diagnosis.reach
+
+    async def noted(*arguments: object) -> socket.socket:
+        found.append(await reach(*arguments))  # type: ignore[arg-type]
         return found[-1]
 
-    monkeypatch.setattr(grpc.aio, "secure_channel", noted)
+    monkeypatch.setattr(diagnosis, "reach", noted)
     return found
 
 
-READY, SHUTDOWN = grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN
-
-
-async def test_a_large_transfer_has_a_connection_that_was_dialled_ahead_and_ends_with_it(
-    dial: Dial, depot: Depot, file: Path, tmp_path: Path, channels: list[Any]
+async def test_one_lane_carries_one_file_after_another(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, dialled: list[socket.socket]
 ) -> None:
-    """gRPC keeps the buffers of the largest reads until a connection ends: memory would grow with the sites."""
-    small = tmp_path / "small"
-    small.write_bytes(b"x" * 1000)
     async with dial() as connection:
-        await connection.upload("j", "small", small, describe(small))
-        await connection.call(messages.ListJobs())
-        assert len(channels) == 1, "one connection serves calls and small files"
+        connection.warm()
+        connection.warm()
         await connection.upload("j", "t", file, describe(file))
         manifest = depot.put(file)
         await connection.download("j", manifest.digest, tmp_path / "back")
-        assert len(channels) == 4, "the download had the one that the upload left, and left another"
-        states = [channel.get_state() for channel in channels[:3]]
-        assert states == [READY, SHUTDOWN, SHUTDOWN]
-    assert [channel.get_state() for channel in channels] == 4 * [SHUTDOWN]
+        assert len(dialled) == 1
+        with pytest.raises(JobError):
+            await connection.download("j", "0" * 64, tmp_path / "none")
+        assert dialled[0].fileno() < 0, "a lane ends with a problem"
+        await connection.upload("j", "u", file, describe(file))
+        assert len(dialled) == 2
+    assert dialled[1].fileno() < 0
 
 
-async def test_a_connection_dialled_ahead_is_not_kept_for_long(
-    dial: Dial, channels: list[Any], monkeypatch: pytest.MonkeyPatch
+async def test_files_at_once_have_a_lane_each(
+    dial: Dial, depot: Depot, file: Path, tmp_path: Path, dialled: list[socket.socket]
+) -> None:
+    manifest = depot.put(file)
+    async with dial() as connection:
+        paths = [tmp_path / str(number) for number in range(3)]
+        await asyncio.gather(*(connection.download("j", manifest.digest, path) for path in paths))
+        assert len(dialled) == 3
+    assert all(path.read_bytes() == file.read_bytes() for path in paths)
+
+
+async def test_a_lane_that_nobody_uses_is_not_kept_for_long(
+    dial: Dial, depot: Depot, file: Path, dialled: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "WARM_S", 0.05)
     async with dial() as connection:
-        connection.warm()
-        connection.warm()
-        await asyncio.sleep(0)
-        assert len(channels) == 1
+        await connection.upload("j", "t", file, describe(file))
         async with asyncio.timeout(20):
-            while (state := channels[0].get_state()) is not SHUTDOWN:
-                await channels[0].wait_for_state_change(state)
-        connection.warm()
-        await asyncio.sleep(0)
-        assert len(channels) == 2
+            while dialled[0].fileno() >= 0:
+                await asyncio.sleep(0.01)
+        await connection.upload("j", "u", file, describe(file))
+        assert len(dialled) == 2
 
 
-async def test_a_connection_dialled_ahead_with_a_certificate_that_was_renewed_is_not_used(
-    dial: Dial, depot: Depot, federation: Federation, file: Path, channels: list[Any]
+async def test_a_lane_that_the_server_has_left_is_not_used(
+    federation: Federation, depot: Depot, dial: Dial, file: Path, dialled: list[socket.socket]
+) -> None:
+    first = await serve(depot, federation.server, "127.0.0.1", 0)
+    async with dial(port=first.port, patience_s=0) as connection:
+        await connection.upload("j", "t", file, describe(file))
+        await first.stop()
+        second = await serve(depot, federation.server, "127.0.0.1", first.port)
+        try:
+            await connection.upload("j", "u", file, describe(file))
+        finally:
+            await second.stop()
+    assert len(dialled) == 2
+
+
+async def test_a_lane_of_a_certificate_that_was_renewed_is_not_used(
+    dial: Dial, depot: Depot, federation: Federation, file: Path, dialled: list[socket.socket]
 ) -> None:
     async with dial() as connection:
         connection.warm()
+        async with asyncio.timeout(20):
+            while not connection._idle:
+                await asyncio.sleep(0.01)
         federation.renew(federation.site)
         federation.tell(federation.server)
         await connection.upload("j", "t", file, describe(file))
-        assert channels[0].get_state() is SHUTDOWN
+        assert len(dialled) == 2
+        assert dialled[0].fileno() < 0
     assert len(depot.stored) == 1
 
 
-async def test_a_connection_dialled_ahead_in_vain_stands_in_nobodys_way(
-    federation: Federation, depot: Depot, file: Path, channels: list[Any]
+async def test_a_lane_dialled_ahead_in_vain_stands_in_nobodys_way(
+    federation: Federation, depot: Depot, file: Path
 ) -> None:
     """The server was not there yet."""
     with socket.socket() as free:
@@ -576,7 +689,8 @@ async def test_a_connection_dialled_ahead_in_vain_stands_in_nobodys_way(
         async with Connection(federation.site, f"127.0.0.1:{port}", proxy="") as connection:
             connection.warm()
             async with asyncio.timeout(20):
-                await asyncio.wait({connection._warm.dialling})  # type: ignore[union-attr]
+                while connection._dialling:
+                    await asyncio.sleep(0.01)
             free.close()
             server = await serve(depot, federation.server, "127.0.0.1", port)
             try:
@@ -587,31 +701,83 @@ async def test_a_connection_dialled_ahead_in_vain_stands_in_nobodys_way(
 
 
 async def test_slow_sites_take_up_nobodys_turn(
-    federation: Federation, server: Server, depot: Depot, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    federation: Federation, server: Server, depot: Depot, file: Path, tmp_path: Path
 ) -> None:
-    """As many sites as there are lanes stand still, granted all that there is; another one gets through meanwhile."""
-    monkeypatch.setattr(budget, "TURN_S", 0.2)
+    """More sites than the server has threads stand still amid an upload; another one gets through meanwhile."""
     manifest = describe(file)
     offer = Offer("j", "slow", manifest.digest, len(manifest.encode()))
     other = tmp_path / "other"
     other.write_bytes(file.read_bytes()[::-1])
-    kits = [federation.kit(Role.SITE, name) for name in ("lund", "visby", "kiel")]
+    kits = [federation.kit(Role.SITE, f"slow{number}") for number in range(12)]
     federation.tell(federation.server)
-    async with contextlib.AsyncExitStack() as stack:
-        granted = 0
-        *slow, fast = [
-            await stack.enter_async_context(Connection(kit, f"127.0.0.1:{server.port}", proxy="")) for kit in kits
-        ]
-        assert len(slow) == budget.LANES
+    slow = [Connection(kit, f"127.0.0.1:{server.port}", proxy="") for kit in kits]
+    try:
         for connection in slow:
-            call = await stack.enter_async_context(connection._stream("Upload"))
-            await call.write(protocol.encode(offer))
-            await call.write(manifest.encode())
-            assert protocol.decode(messages.Wanted, await call.read()).ranges
-            if not granted:
-                granted = protocol.decode(messages.Grant, await call.read()).pieces
-        assert granted == budget.PIECES
-        async with asyncio.timeout(40):
+            _, lane = await connection._lent()
+            connection._keep(connection._identity_now(), lane)  # so that it ends with its connection
+            await lane.say(protocol.encode(offer))
+            await lane.say(manifest.encode())
+            assert protocol.decode(messages.Wanted, await lane.hear(1000)).ranges
+            lane._encrypt(lane_header(Kind.PIECE, bytes(PIECE_BYTES)) + b"some of it")
+            await lane._drive(lane._flush())
+        async with asyncio.timeout(40), Connection(federation.site, slow[0].address, proxy="") as fast:
             await fast.upload("j", "t", other, describe(other))
             await fast.download("j", depot.put(other).digest, tmp_path / "back")
+    finally:
+        for connection in slow:
+            await connection.__aexit__(None, None, None)
     assert (tmp_path / "back").read_bytes() == other.read_bytes()
+
+
+# The door
+
+
+async def test_who_says_nothing_is_not_waited_for(server: Server, dial: Dial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "HELLO_S", 0.1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
+    async with dial() as connection:
+        await connection.call(messages.ListJobs())
+
+
+async def test_a_hello_that_comes_in_crumbs(federation: Federation, server: Server, dial: Dial, file: Path) -> None:
+    """The door waits for all of it before it decides."""
+
+    async def crumbs(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writers.extend((writer, far_writer))
+        hello = await reader.read(1 << 16)
+        for begin in range(0, len(hello), 100):
+            far_writer.write(hello[begin : begin + 100])
+            await far_writer.drain()
+            await asyncio.sleep(0.005)
+
+        async def passed(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(1 << 16):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(passed(reader, far_writer), passed(far_reader, writer))
+
+    writers: list[asyncio.StreamWriter] = []
+    between = await asyncio.start_server(crumbs, "127.0.0.1", 0)
+    async with between, dial(port=between.sockets[0].getsockname()[1]) as connection:
+        await connection.upload("j", "t", file, describe(file))
+        await connection.call(messages.ListJobs())
+    for writer in writers:
+        writer.close()
+
+
+async def test_another_protocol_gets_no_lane(dial: Dial, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context_for = lane.context_for
+
+    def other(*arguments: bytes, server_side: bool) -> object:
+        context = context_for(*arguments, server_side=server_side)
+        context.set_alpn_protocols([f"{lane.FAMILY}{messages.PROTOCOL + 1}"])
+        return context
+
+    monkeypatch.setattr(client, "context_for", other)
+    async with dial() as connection:
+        with pytest.raises(VersionError, match="same release"):
+            await connection.upload("j", "t", file, describe(file))

@@ -73,7 +73,7 @@ from hansa.site.outbox import Entry, Outbox, Outcome
 from hansa.site.settings import SiteSettings
 from hansa.site.telling import explained, without_foreign_frames
 from hansa.site.warm import WarmWorker, whole
-from hansa.transport.client import LARGE_BYTES, Connection
+from hansa.transport.client import Connection
 from hansa.transport.describing import Describing
 from hansa.transport.messages import INLINE_BYTES, MAIL, PHASES, Assignment, Inspected, Missing, Posting
 from hansa.transport.pieces import Manifest, describe
@@ -476,7 +476,7 @@ class JoinedJob:
         if isinstance(answer, Absent):
             return Outcome(missing=Missing(answer.kind, _shortened(await whole(partial(self._reason, given, answer)))))
         assert isinstance(answer, Answered), answer
-        if answer.spooled and path.stat().st_size > LARGE_BYTES:
+        if answer.spooled and path.stat().st_size > INLINE_BYTES:
             connection.warm()  # the update is checked and made durable meanwhile
         if not answer.spooled:
             empty = Update(

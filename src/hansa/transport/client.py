@@ -10,8 +10,8 @@ the server's certificate expired                 UnreachableError, after patienc
 nothing moves for ``stall_s``, connection open   a new connection; a transfer goes on where it was
 killed during a download                         the next one with the same path goes on where it was
 our certificate is renewed                       a new connection for what comes next; old streams get a minute
-a large transfer                                 has a connection of its own, which ends with it; another is dialled
-                                                 for the next one, and ends if none comes within ``WARM_S``
+a file                                           has a lane, a connection of its own, which serves the next one too if
+                                                 that comes within ``WARM_S``
 a piece with other bytes than its digest says    ChecksumError: TLS came through, so the file at its sender is damaged
 ===============================================  ================================================================
 """
@@ -24,9 +24,9 @@ import logging
 import math
 import os
 import random
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,13 +40,13 @@ from hansa.core import storage
 from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
 from hansa.transport import diagnosis, messages, protocol
+from hansa.transport.lane import ALPN, Lane, LostError, Turns, context_for
 from hansa.transport.messages import (
     MAX_RANGES,
     Attend,
     Done,
     Follow,
     Get,
-    Grant,
     JobEvent,
     Message,
     Offer,
@@ -55,25 +55,17 @@ from hansa.transport.messages import (
     Ring,
     Wanted,
 )
-from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
-from hansa.transport.threads import ThreadGroup
+from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges
+from hansa.transport.threads import finished
 
-WINDOW_BYTES = 32 << 20
-"""What a download may have under way, so what a round trip carries: 160 MB/s over 200 ms. It fills up only where the
-disk here is slower than the network."""
 CALL_S = 60.0
 """How long a call may take before it counts as lost (a Poll: beside what it asks to wait)."""
 CONNECT_S = 20.0
 STALL_S = 30.0
 PAUSE_S, MAX_PAUSE_S = 0.2, 10.0
 LEAVE_S = 60.0
-LARGE_BYTES = 4 << 20
-"""A larger transfer has a connection of its own: calls don't wait behind it, and gRPC keeps buffers of a connection's
-largest reads until that ends."""
 WARM_S = 60.0
-"""How long a connection that was dialled ahead, which saves two round trips or three, waits for a large transfer."""
-AHEAD = 2
-"""Pieces of a stream that are read or written while another is on the network."""
+"""How long a lane that nobody uses, which saves two round trips or three, waits for the next file."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes that are there, bytes of the file)."""
@@ -118,8 +110,10 @@ class Connection:
         self._identity: _Identity | None = None
         self._opening = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
-        self._warm: _Warm | None = None
-        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
+        self._idle: list[_Idle] = []
+        self._dialling: asyncio.Task[None] | None = None
+        self._turns = Turns()
+        self._tls: tuple[_Identity, ssl.SSLContext] | None = None
 
     async def __aenter__(self) -> Connection:
         return self
@@ -127,15 +121,20 @@ class Connection:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._warm is not None:
-            await self._forsake(self._warm)
+        if self._dialling:
+            self._dialling.cancel()
+            await asyncio.wait({self._dialling})
+        for idle in self._idle:
+            idle.end.cancel()
+            idle.lane.close()
+        self._idle.clear()
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
         if self._channel is not None:
             await self._channel.close(None)
             self._channel = None
-        self._threads.shutdown()
+        self._turns.close()
 
     @overload
     async def call(self, request: messages.Poll) -> messages.Ring: ...
@@ -225,12 +224,11 @@ class Connection:
             def begin() -> Incoming:
                 return stack.enter_context(Incoming(path, manifest, donors, max_bytes=max_bytes, spares=spares))
 
-            async with ThreadGroup[None](self._threads) as threads:
-                incoming = await threads.do(begin)
-                fetch = partial(self._fetch, job, incoming, progress)
-                while incoming.num_bytes_missing:
-                    await self._patiently(fetch, "Download", lambda: incoming.num_bytes_missing)
-                await threads.do(partial(incoming.finish, durable=durable))
+            incoming = await finished(begin)
+            fetch = partial(self._fetch, job, incoming, progress)
+            while incoming.num_bytes_missing:
+                await self._patiently(fetch, "Download", lambda: incoming.num_bytes_missing)
+            await finished(partial(incoming.finish, durable=durable))
         return manifest
 
     async def upload(
@@ -256,61 +254,41 @@ class Connection:
         await self._patiently(send, "Upload", lambda: len(sent))
 
     def warm(self) -> None:
-        """Dial, beside whatever else goes on, for a large transfer that is to come; it need not."""
-        if self._warm is not None:
+        """Dial, beside whatever else goes on, for a file that is to come; it need not."""
+        if self._idle or self._dialling:
             return
 
-        def end() -> None:
-            self._warm = None
-            task = asyncio.create_task(self._forsake(waiting))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+        async def dial() -> None:
+            with contextlib.suppress(LostError, HansaError):
+                self._keep(*await self._dialled())
 
-        identity = self._identity_now()
-        dialling = asyncio.create_task(self._dial(identity))
-        waiting = self._warm = _Warm(identity, dialling, asyncio.get_running_loop().call_later(WARM_S, end))
+        def end(_: object) -> None:
+            self._dialling = None
+
+        self._dialling = asyncio.create_task(dial())
+        self._dialling.add_done_callback(end)
 
     async def _manifest(self, job: str, digest: str) -> Manifest:
-        data = bytearray()
-        async with self._stream("Download") as call:
-            await call.write(protocol.encode(Get(job, digest)))
-            await call.done_writing()
-            async for part in self._frames(call):
-                data += part
-                if len(data) > MAX_MANIFEST_BYTES:
-                    raise WireError("The server sends a manifest that is too long.")
-        manifest = Manifest.decode(bytes(data))
+        async with self._lane() as lane:
+            await lane.say(protocol.encode(Get(job, digest)))
+            data = await lane.hear(MAX_MANIFEST_BYTES)
+        manifest = Manifest.decode(data)
         if manifest.digest != digest:
             raise WireError("The server sent another manifest than the one it was asked for.")
         return manifest
 
     async def _fetch(self, job: str, incoming: Incoming, progress: Progress | None) -> None:
-        before, size = incoming.num_bytes_missing, incoming.manifest.num_bytes
-        if not before:  # the last attempt broke after its last piece
+        if not incoming.num_bytes_missing:  # the last attempt broke after its last piece
             return
-        async with (
-            ThreadGroup[None](self._threads) as writing,
-            self._stream("Download", own=before > LARGE_BYTES) as call,
-        ):
+
+        def told() -> None:
+            if progress:
+                progress(incoming.manifest.num_bytes - incoming.num_bytes_missing, incoming.manifest.num_bytes)
+
+        async with self._lane() as lane:
             ranges = incoming.missing()[:MAX_RANGES]
-            indices = in_ranges(ranges, incoming.manifest)
-            await call.write(protocol.encode(Get(job, incoming.manifest.digest, ranges)))
-            await call.done_writing()
-            async for data in self._frames(call):
-                if (index := next(indices, None)) is None:
-                    raise WireError("The server sends more than it was asked for.")
-                writing.begin(partial(incoming.write, index, data))
-                del data  # or it would be held while the next one comes
-                if len(writing) > AHEAD:
-                    await writing.next()
-                    if progress:
-                        progress(size - incoming.num_bytes_missing, size)
-            while writing:
-                await writing.next()
-        if incoming.num_bytes_missing == before:
-            raise WireError("The server sent nothing of what it was asked for.")
-        if progress:
-            progress(size - incoming.num_bytes_missing, size)
+            await lane.say(protocol.encode(Get(job, incoming.manifest.digest, ranges)))
+            await lane.receive_pieces(incoming, in_ranges(ranges, incoming.manifest), told)
 
     async def _send(
         self, offer: Offer, path: Path, manifest: Manifest, progress: Progress | None, sent: list[int]
@@ -320,36 +298,23 @@ class Connection:
         except OSError as error:
             raise StorageError(f"Can't read {path}: {error.strerror}.") from error
 
+        done = 0
+
+        def told(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            sent.append(num_bytes)
+            if progress:
+                progress(done, manifest.num_bytes)
+
         try:
-            async with (
-                ThreadGroup[bytes](self._threads) as ahead,
-                self._stream("Upload", own=manifest.num_bytes > LARGE_BYTES) as call,
-            ):
-                await self._write(call, protocol.encode(offer))
-                for data in protocol.in_frames(manifest.encode()):
-                    await self._write(call, data)
-                replies = self._frames(call)
-                ranges = protocol.decode(Wanted, await anext(replies, b"")).ranges
+            async with self._lane() as lane:
+                await lane.say(protocol.encode(offer))
+                await lane.say(manifest.encode())
+                ranges = protocol.decode(Wanted, await lane.hear(protocol.MAX_AGENDA_BYTES)).ranges
                 done = manifest.num_bytes - sum(manifest.pieces[index][0] for index in in_ranges(ranges, manifest))
-                indices = in_ranges(ranges, manifest)
-                waiting: list[int] = []
-                granted = 0
-                while True:
-                    while len(ahead) <= AHEAD and (index := next(indices, None)) is not None:
-                        ahead.begin(partial(read_piece, descriptor, manifest, index, path))
-                        waiting.append(index)
-                    if not ahead:
-                        break
-                    if not granted:
-                        granted = protocol.decode(Grant, await anext(replies, b"")).pieces
-                    granted -= 1
-                    await self._write(call, await ahead.next())
-                    sent.append(waiting.pop(0))
-                    done += manifest.pieces[sent[-1]][0]
-                    if progress:
-                        progress(done, manifest.num_bytes)
-                await call.done_writing()
-                protocol.decode(Done, await anext(replies, b""))
+                await lane.send_pieces(descriptor, manifest, in_ranges(ranges, manifest), path, told)
+                protocol.decode(Done, await lane.hear(protocol.MAX_MESSAGE_BYTES))
         finally:
             os.close(descriptor)
         if progress:
@@ -362,47 +327,76 @@ class Connection:
                 await call.done_writing()
                 while (data := await call.read()) is not grpc.aio.EOF:
                     yield protocol.decode(kind, data)
-        except _LostError as error:
+        except LostError as error:
             raise await self._diagnosed(error) from error
 
     @contextlib.asynccontextmanager
-    async def _stream(self, name: str, *, own: bool = False) -> AsyncIterator[Any]:
-        """Open a stream, over a connection of its own if so wished, and end it on leaving."""
-        channel = await (self._lent() if own else self._open())
-        call = channel.stream_stream(protocol.path_of(name))(metadata=protocol.METADATA)
-        sound = False
+    async def _stream(self, name: str) -> AsyncIterator[Any]:
+        """Open a stream, and end it on leaving."""
+        call = (await self._open()).stream_stream(protocol.path_of(name))(metadata=protocol.METADATA)
         try:
             with _as_ours():
                 try:
                     yield call
                 except asyncio.InvalidStateError:  # a write after the other side ended the call: a read says why
                     await call.read()
-                    raise _LostError("the server ended the call") from None
-            sound = True
-        except _StalledError:
-            self._leave(channel)
-            raise
+                    raise LostError("the server ended the call") from None
         finally:
             call.cancel()
-            if own:
-                if sound:
-                    self.warm()
-                await channel.close(None)
 
-    async def _frames(self, call: Any) -> AsyncIterator[bytes]:
-        while True:
-            with _stalls(self._stall_s):
-                async with asyncio.timeout(self._stall_s):
-                    data = await call.read()
-            if data is grpc.aio.EOF:
-                return
-            if data != protocol.BEAT:
-                yield data
+    @contextlib.asynccontextmanager
+    async def _lane(self) -> AsyncIterator[Lane]:
+        """Lend a lane that nobody else uses; it is kept for the next one unless something goes wrong."""
+        identity, lane = await self._lent()
+        try:
+            yield lane
+        except UnreachableError as error:  # the server says so
+            lane.close()
+            raise LostError(error.message) from error
+        except BaseException:  # what it was at is unknown; raised again
+            lane.close()
+            raise
+        self._keep(identity, lane)
 
-    async def _write(self, call: Any, data: bytes) -> None:
-        with _stalls(self._stall_s):
-            async with asyncio.timeout(self._stall_s):
-                await call.write(data)
+    async def _lent(self) -> tuple[_Identity, Lane]:
+        if self._dialling:
+            await asyncio.wait({self._dialling})
+        identity = self._identity_now()
+        while self._idle:
+            idle = self._idle.pop()
+            idle.end.cancel()
+            if idle.identity == identity and idle.lane.is_open:
+                return identity, idle.lane
+            idle.lane.close()
+        return await self._dialled()
+
+    def _keep(self, identity: _Identity, lane: Lane) -> None:
+        def end() -> None:
+            self._idle.remove(idle)
+            lane.close()
+
+        idle = _Idle(identity, lane, asyncio.get_running_loop().call_later(WARM_S, end))
+        self._idle.append(idle)
+
+    async def _dialled(self) -> tuple[_Identity, Lane]:
+        """Return another lane, and the certificate that it was dialled by."""
+        identity = self._identity_now()
+        context = self._context(identity)
+        try:
+            connection = await diagnosis.reach(self.address, self._proxy, min(CONNECT_S, self._stall_s))
+        except UnreachableError as error:
+            raise LostError(error.message, connecting=True) from error
+        lane = await Lane.open(connection, context, self._turns, self._stall_s, self._kit.server_name)
+        if lane.alpn != ALPN:
+            lane.close()
+            raise VersionError(f"{self.address} does not speak {ALPN}. Install the same release of Hansa at both ends.")
+        return identity, lane
+
+    def _context(self, identity: _Identity) -> ssl.SSLContext:
+        if self._tls is None or self._tls[0] != identity:
+            key, certificate, authority, _ = identity
+            self._tls = identity, context_for(key, certificate, authority, server_side=False)
+        return self._tls[1]
 
     async def _patiently(
         self, attempt: Callable[[], Awaitable[_T]], name: str, mark: Callable[[], int] = lambda: 0
@@ -420,7 +414,7 @@ class Connection:
                     await self._introduce()
                     continue
                 raise refusal from None
-            except _LostError as lost:
+            except LostError as lost:
                 now = time.monotonic()
                 if mark() != seen or since == math.inf:
                     since, pause, seen = now, PAUSE_S, mark()
@@ -440,7 +434,7 @@ class Connection:
             method = (await self._open()).unary_unary(protocol.path_of(OfferRoster.__name__))
             await method(data, timeout=CALL_S, metadata=protocol.METADATA)
 
-    async def _diagnosed(self, lost: _LostError) -> HansaError:
+    async def _diagnosed(self, lost: LostError) -> HansaError:
         if lost.connecting:
             step_s = min(diagnosis.STEP_S, self._stall_s)
             return await diagnosis.diagnose(self._kit, self.address, self._proxy, str(lost), step_s)
@@ -457,40 +451,10 @@ class Connection:
             channel = self._channel
             try:
                 await self._connected(channel)
-            except _LostError:
+            except LostError:
                 self._leave(channel)
                 raise
             return channel
-
-    async def _dial(self, identity: _Identity) -> Any:
-        """Return another channel, connected; it is the caller's to close."""
-        channel = self._channel_of(identity)
-        try:
-            await self._connected(channel)
-        except BaseException:  # let go of what was begun; raised again
-            await channel.close(None)
-            raise
-        return channel
-
-    async def _lent(self) -> Any:
-        """Return a channel, connected, that nobody else uses; it is the caller's to close."""
-        identity = self._identity_now()
-        if (waiting := self._warm) is not None:
-            self._warm = None
-            waiting.end.cancel()
-            with contextlib.suppress(_LostError):
-                channel = await waiting.dialling
-                if waiting.identity == identity and channel.get_state() is grpc.ChannelConnectivity.READY:
-                    return channel
-                await channel.close(None)
-        return await self._dial(identity)
-
-    async def _forsake(self, waiting: _Warm) -> None:
-        """Close a channel that was dialled ahead."""
-        waiting.end.cancel()
-        waiting.dialling.cancel()
-        with contextlib.suppress(_LostError, asyncio.CancelledError):
-            await (await waiting.dialling).close(None)
 
     def _identity_now(self) -> _Identity:
         return (*self._kit.pair(), self._kit.authority_pem(), self._kit.server_name)
@@ -509,7 +473,7 @@ class Connection:
                     await channel.wait_for_state_change(state)
                 else:
                     return
-        raise _LostError("no connection came about", connecting=True)
+        raise LostError("no connection came about", connecting=True)
 
     def _options(self) -> list[tuple[str, object]]:
         proxy = diagnosis.proxy_for(self.address, self._proxy)
@@ -521,8 +485,6 @@ class Connection:
             ("grpc.max_receive_message_length", protocol.MAX_AGENDA_BYTES),
             ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
             *protocol.READ_OPTIONS,
-            ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-            ("grpc.http2.bdp_probe", 0),  # gRPC's own tuning would hold hundreds of MiB where the disk is the slower
             ("grpc.keepalive_time_ms", round(self._stall_s * 500)),
             ("grpc.keepalive_timeout_ms", round(self._stall_s * 500)),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -539,48 +501,28 @@ class Connection:
 
 
 @dataclass(frozen=True)
-class _Warm:
-    """A channel that was dialled ahead: by which certificate, and what ends the waiting."""
+class _Idle:
+    """A lane that nobody uses: the certificate that it was dialled by, and what ends the waiting."""
 
     identity: _Identity
-    dialling: asyncio.Task[Any]
+    lane: Lane
     end: asyncio.TimerHandle
-
-
-class _LostError(Exception):
-    """The network's doing: to be tried again."""
-
-    def __init__(self, cause: str, *, connecting: bool = False) -> None:
-        super().__init__(cause)
-        self.connecting = connecting
-
-
-class _StalledError(_LostError):
-    """Nothing moved, though the connection is open."""
-
-
-@contextlib.contextmanager
-def _stalls(seconds: float) -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError:
-        raise _StalledError(f"nothing moved for {seconds:g} s") from None
 
 
 @contextlib.contextmanager
 def _as_ours() -> Iterator[None]:
-    """Turn gRPC's errors into ours, or into _LostError."""
+    """Turn gRPC's errors into ours, or into LostError."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
         raise _error_of(error) from error
     except grpc.aio.UsageError as error:
-        raise _LostError("the connection was closed") from error
+        raise LostError("the connection was closed") from error
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise _LostError("the connection was closed") from None  # by `_leave`, which gRPC reports in this way
+        raise LostError("the connection was closed") from None  # by `_leave`, which gRPC reports in this way
 
 
 def _error_of(error: Any) -> Exception:
@@ -588,9 +530,9 @@ def _error_of(error: Any) -> Exception:
     for name, value in error.trailing_metadata() or ():
         if name == protocol.PROBLEM_KEY:
             met = protocol.raised(value)
-            return _LostError(met.message) if isinstance(met, UnreachableError) else met
+            return LostError(met.message) if isinstance(met, UnreachableError) else met
     if code == "UNIMPLEMENTED":
         return VersionError("The server does not know this call. Install the same release of Hansa at both ends.")
     if code in _FOR_GOOD:
         return protocol.from_code(code, details)
-    return _LostError(f"{code}, {details[:300]}")
+    return LostError(f"{code}, {details[:300]}")

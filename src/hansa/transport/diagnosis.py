@@ -53,27 +53,53 @@ async def diagnose(kit: Kit, address: str, proxy: str | None, otherwise: str, st
     """
     try:
         kit.roster().admit(kit.certificate_pem())
-        host, port = split(address)
-        tunnel = proxy_for(address, proxy)
-        reader, writer = await _connected(*(split(urlsplit(tunnel).netloc) if tunnel else (host, port)), tunnel, step_s)
+        connection = await reach(address, proxy, step_s)
         try:
-            if tunnel:
-                await _tunnelled(reader, writer, host, port, tunnel, step_s)
-            await _greeted(kit, reader, writer, address, step_s)
+            await _greeted(kit, connection, address, step_s)
         finally:
-            writer.transport.abort()
+            connection.close()
     except HansaError as error:
         return error
     return UnreachableError(f"Can't reach {address}: {otherwise}.")
 
 
-async def _connected(
-    host: str, port: int, tunnel: str | None, step_s: float
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def reach(address: str, proxy: str | None, step_s: float = STEP_S) -> socket.socket:
+    """Return a TCP connection to ``address``, or to a proxy that has made a tunnel there; it does not block.
+
+    Raises:
+        UnreachableError: there is none, and why.
+    """
+    host, port = split(address)
+    tunnel = proxy_for(address, proxy)
+    connection = await _connected(*(split(urlsplit(tunnel).netloc) if tunnel else (host, port)), tunnel, step_s)
+    if tunnel:
+        try:
+            await _tunnelled(connection, host, port, tunnel, step_s)
+        except BaseException:  # let go of the connection; raised again
+            connection.close()
+            raise
+    return connection
+
+
+async def _connected(host: str, port: int, tunnel: str | None, step_s: float) -> socket.socket:
     what = f"the proxy {tunnel}" if tunnel else f"{host}:{port}"
+    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(step_s):
-            return await asyncio.open_connection(host, port)
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            for last, (family, kind, number, _, address) in enumerate(found, 1 - len(found)):
+                connection = socket.socket(family, kind, number)
+                connection.setblocking(False)
+                try:
+                    await loop.sock_connect(connection, address)
+                    return connection
+                except OSError:
+                    connection.close()
+                    if not last:
+                        raise
+                except BaseException:  # let go of the connection; raised again
+                    connection.close()
+                    raise
     except socket.gaierror as error:
         raise UnreachableError(
             f"Can't reach {what}: the name {host} has no address ({error.strerror}). Check its spelling, and DNS."
@@ -86,25 +112,28 @@ async def _connected(
         ) from error
     except OSError as error:
         raise UnreachableError(f"Can't reach {what}: {error.strerror or error}.") from error
+    raise AssertionError("a name has an address, or there is an error")
 
 
-async def _tunnelled(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int, tunnel: str, step_s: float
-) -> None:
+async def _tunnelled(connection: socket.socket, host: str, port: int, tunnel: str, step_s: float) -> None:
+    loop, answer = asyncio.get_running_loop(), b""
     try:
-        writer.write(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
         async with asyncio.timeout(step_s):
-            answer = await reader.readuntil(b"\r\n\r\n")
-    except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            request = f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n"
+            await loop.sock_sendall(connection, request.encode())
+            while not answer.endswith(b"\r\n\r\n"):
+                data = await loop.sock_recv(connection, 1 << 12)
+                if not data or len(answer) > 1 << 16:
+                    raise UnreachableError(f"The proxy {tunnel} did not answer a CONNECT to {host}:{port}.")
+                answer += data
+    except OSError as error:
         raise UnreachableError(f"The proxy {tunnel} did not answer a CONNECT to {host}:{port}.") from error
     status = answer.split(b"\r\n", 1)[0].decode("latin-1")
     if status.split(" ")[1:2] != ["200"]:
         raise UnreachableError(f"The proxy {tunnel} refused a tunnel to {host}:{port}: {status[:200]}.")
 
 
-async def _greeted(
-    kit: Kit, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str, step_s: float
-) -> None:
+async def _greeted(kit: Kit, connection: socket.socket, address: str, step_s: float) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=kit.authority_pem().decode())
     path = kit.directory / CERTIFICATE
@@ -112,8 +141,13 @@ async def _greeted(
     context.set_alpn_protocols(["h2"])
     try:
         async with asyncio.timeout(step_s):
-            await writer.start_tls(context, server_hostname=kit.server_name)
-            await reader.read(1)  # a server that refuses our certificate says so after the handshake (TLS 1.3)
+            reader, writer = await asyncio.open_connection(
+                sock=connection, ssl=context, server_hostname=kit.server_name
+            )
+            try:
+                await reader.read(1)  # a server that refuses our certificate says so after the handshake (TLS 1.3)
+            finally:
+                writer.transport.abort()
     except ssl.SSLCertVerificationError as error:
         if error.verify_code == _EXPIRED:
             raise UnreachableError(

@@ -2,12 +2,12 @@
 """What a server, its sites and its users say to each other.
 
 Every request is a struct that names its reply. They are msgpack inside gRPC methods called ``/hansa.Federation/NAME``;
-what is large travels as a file in pieces (:mod:`hansa.transport.pieces`) over ``Upload`` and ``Download``.
+what is large travels as a file in pieces (:mod:`hansa.transport.pieces`) over a lane (:mod:`hansa.transport.lane`).
 
     site ── Attend ──> server ── Ring, Ring, ... (the doorbell)      site ── Poll ──> Ring (where a proxy cuts streams)
     a stream's Ring brings the Agenda: all that is open for the site; the whole truth each time, so that no message can
     get lost; where it brings none, or the site can't tell what is newer:    site ── AskAgenda ──> Agenda
-    site ── Download: bundle, plan   Report: what it is at   Upload: update   Answer ──> server
+    site ── Get: bundle, plan   Report: what it is at   Offer: update   Answer ──> server
 
 All calls are idempotent: sent again after a broken connection, they change nothing.
 """
@@ -20,7 +20,7 @@ import msgspec
 
 from hansa.core.ports import MailPhase, Phase
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Both ends must speak the same; a release that changes a message's meaning raises it."""
 
 SERVICE = "hansa.Federation"
@@ -234,8 +234,8 @@ class OfferRoster(Message):
 # Files
 
 
-class Get(Message):
-    """Ask for a file's pieces, or for its manifest if ``ranges`` is None (a stream of pieces).
+class Get(Message, tag=True):
+    """Ask for a file's pieces, or for its manifest if ``ranges`` is None.
 
     Attributes:
         job: the job that the file belongs to, which is what access is decided by; a digest opens nothing.
@@ -248,7 +248,7 @@ class Get(Message):
     ranges: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MAX_RANGES)] | None = None
 
 
-class Offer(Message):
+class Offer(Message, tag=True):
     """Begin an upload: what for, and the manifest's address and length; manifest and wanted pieces follow.
 
     Attributes:
@@ -266,12 +266,6 @@ class Wanted(Message):
     """Which pieces of an offered file are still to be sent, as half-open ranges of indices."""
 
     ranges: list[tuple[Count, Count]]
-
-
-class Grant(Message):
-    """How many more of the wanted pieces may be sent now."""
-
-    pieces: Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
 
 
 # Users

@@ -11,7 +11,7 @@ BLAKE3: https://github.com/BLAKE3-team/BLAKE3-specs. Pieces are cut where a valu
 
 ===============================================  ================================================================
 killed while a file arrives                      what has arrived is in ``NAME.part`` and is checked when it goes on
-a piece with other bytes than its digest says    ChecksumError; nothing of it is written
+a piece with other bytes than its digest says    ChecksumError; it does not count as there
 a disk that fills up                             StorageError; what is there stays and is used again
 a manifest that promises too much                WireError before anything is written; no size is allocated ahead
 equal pieces (zeros)                             travel once, but each counts as part of the file's size
@@ -144,20 +144,21 @@ def lengths(cuts: Sequence[int]) -> Iterator[int]:
             yield min(step, end - offset)
 
 
-def read_piece(descriptor: int, manifest: Manifest, index: int, path: Path) -> bytes:
-    """Return the bytes of a piece as they stand in its file; whoever receives them checks them.
+def fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill a buffer with what a file holds from ``offset`` on.
 
     Raises:
-        StorageError: they can't be read.
+        StorageError: the file can't be read, or ends before.
     """
-    length = manifest.pieces[index][0]
-    try:
-        payload = os.pread(descriptor, length, manifest.offsets[index])
-    except OSError as error:
-        raise StorageError(f"Can't read {path}: {error.strerror}.") from error
-    if len(payload) != length:
-        raise StorageError(f"{path} is shorter than it was. Something outside Hansa changed it.")
-    return payload
+    done = 0
+    while done < len(view):
+        try:
+            step = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            raise StorageError(f"Can't read {path}: {error.strerror}.") from error
+        if not step:
+            raise StorageError(f"{path} is shorter than it was. Something outside Hansa changed it.")
+        done += step
 
 
 def as_ranges(indices: Iterable[int]) -> Ranges:
@@ -270,22 +271,15 @@ class Incoming:
         with self._lock:
             return as_ranges(sorted(self._places[piece][0] for piece in self._lacking))
 
-    def write(self, index: int, payload: bytes | memoryview) -> None:
-        """Check a piece and write it to where it belongs.
+    def begin(self, index: int) -> Arrival:
+        """Begin to take a piece.
 
         Raises:
-            ChecksumError: these are not the bytes that the manifest lists.
-            StorageError: the disk is full or fails.
+            ChecksumError: there is no such piece.
         """
         if not 0 <= index < len(self.manifest.pieces):
             raise ChecksumError(f"{self.path.name} has no piece {index}.")
-        piece = self.manifest.pieces[index]
-        if (len(payload), blake3(payload).digest()) != piece:
-            raise ChecksumError(f"Piece {index} of {self.path.name} was damaged on its way, or its sender changed it.")
-        try:
-            self._put(piece, payload)
-        except OSError as error:
-            raise self._failed(error) from error
+        return Arrival(self, index)
 
     def finish(self, *, durable: bool = True) -> None:
         """Make the file durable, unless it can be had again, and give it its name; every piece must be there.
@@ -341,21 +335,76 @@ class Incoming:
                     if os.preadv(file.fileno(), [view], offset) == piece[0] and blake3(view).digest() == piece[1]:
                         yield index, view
 
-    def _put(self, piece: Piece, payload: bytes | memoryview, there: int | None = None) -> None:
+    def _put(self, piece: Piece, payload: memoryview, there: int | None = None) -> None:
         """Write a piece to all its places but ``there``, where it is."""
         for index in self._places[piece]:
-            if index == there:
-                continue
-            view, offset = memoryview(payload), self.manifest.offsets[index]
-            while view:
-                written = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[written:], offset + written
+            if index != there:
+                self._write(payload, self.manifest.offsets[index])
         with self._lock:
             if piece in self._lacking:
                 self._lacking.discard(piece)
                 self._missing -= piece[0] * len(self._places[piece])
 
+    def _write(self, view: memoryview, offset: int) -> None:
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
     def _failed(self, error: OSError) -> StorageError:
         return StorageError(
             f"Can't write {self._part}: {error.strerror}. What has arrived is kept: free some space and repeat it."
+        )
+
+
+class Arrival:
+    """A piece on its way into its file, a stretch at a time; `Incoming.begin` makes one.
+
+    It is written as it comes, so that nobody has to hold it, and counts once it is known to be right.
+    """
+
+    def __init__(self, incoming: Incoming, index: int) -> None:
+        self._incoming = incoming
+        self._index = index
+        self._hash = blake3()
+        self._done = 0
+
+    def add(self, payload: bytes | bytearray | memoryview) -> None:
+        """Take the next stretch of it.
+
+        Raises:
+            ChecksumError: the piece is not as long as that.
+            StorageError: the disk is full or fails.
+        """
+        incoming, manifest = self._incoming, self._incoming.manifest
+        if self._done + len(payload) > manifest.pieces[self._index][0]:
+            raise self._damaged()
+        self._hash.update(payload)
+        try:
+            incoming._write(memoryview(payload), manifest.offsets[self._index] + self._done)
+        except OSError as error:
+            raise incoming._failed(error) from error
+        self._done += len(payload)
+
+    def finish(self) -> None:
+        """Count it as there, and write it to its other places.
+
+        Raises:
+            ChecksumError: these are not the bytes that the manifest lists.
+            StorageError: the disk is full or fails.
+        """
+        incoming = self._incoming
+        piece = incoming.manifest.pieces[self._index]
+        if (self._done, self._hash.digest()) != piece:
+            raise self._damaged()
+        try:
+            payload = memoryview(b"")
+            if len(incoming._places[piece]) > 1:
+                payload = memoryview(os.pread(incoming._descriptor, piece[0], incoming.manifest.offsets[self._index]))
+            incoming._put(piece, payload, there=self._index)
+        except OSError as error:
+            raise incoming._failed(error) from error
+
+    def _damaged(self) -> ChecksumError:
+        return ChecksumError(
+            f"Piece {self._index} of {self._incoming.path.name} was damaged on its way, or its sender changed it."
         )

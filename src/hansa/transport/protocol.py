@@ -2,36 +2,33 @@
 """What both ends of a connection hold to, beside the messages themselves.
 
 Each request type is a gRPC method of its name: ``/hansa.Federation/AskAgenda``. Bodies are msgpack
-(https://github.com/msgpack/msgpack/blob/master/spec.md). Files take two streams:
+(https://github.com/msgpack/msgpack/blob/master/spec.md). Files take connections of their own, lanes
+(:mod:`hansa.transport.lane`), at the same port, one transfer after another:
 
-    Download   client: Get                                 server: beat* · manifest or pieces
-    Upload     client: Offer · manifest · pieces           server: beat* · Wanted · (beat | Grant)* · Done
+    download   client: Get                   server: beat* · manifest; or beat* · pieces
+    upload     client: Offer · manifest      server: beat* · Wanted      client: pieces      server: beat* · Done
 
-A beat is an empty frame: "I am busy with this". A manifest comes in frames of at most 1 MiB. A piece is a frame, and
-pieces come in the order in which they were asked for. Of an upload no more come than were granted.
+A beat is "I am busy with this". Pieces come in the order in which they were asked for. A problem ends the connection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeVar
 
 import msgspec
 
 from hansa import errors
 from hansa.errors import AccessError, HansaError, WireError
-from hansa.transport.messages import INLINE_BYTES, PROTOCOL, SERVICE, Message, Problem
+from hansa.transport.messages import INLINE_BYTES, PROTOCOL, SERVICE, Get, Message, Offer, Problem
 
 PROTOCOL_KEY = "hansa-protocol"
 PROBLEM_KEY = "hansa-problem-bin"
 METADATA = ((PROTOCOL_KEY, str(PROTOCOL)),)
 
 MAX_MESSAGE_BYTES = 2 * INLINE_BYTES + (1 << 16) + 64
-"""The longest frame or message, with room for a piece."""
+"""The longest request."""
 MAX_AGENDA_BYTES = 64 << 20
 """The longest reply: an agenda holds a plan of up to INLINE_BYTES for each open task."""
-FRAME_BYTES = 1 << 20
-BEAT = b""
 
 READ_OPTIONS = [(f"grpc.experimental.tcp_{name}read_chunk_size", 64 << 10) for name in ("", "min_", "max_")]
 """How much gRPC reads at a time; by itself it comes to take up to 4 MiB, and both ends a twentieth more time."""
@@ -75,10 +72,16 @@ def decode(kind: type[_M], data: bytes) -> _M:
         raise WireError(f"This is no {kind.__name__} message: {error}.") from error
 
 
-def in_frames(data: bytes) -> Iterator[bytes]:
-    """Yield bytes in frames."""
-    for offset in range(0, len(data), FRAME_BYTES):
-        yield data[offset : offset + FRAME_BYTES]
+def asked(data: bytes) -> Get | Offer:
+    """Read what somebody asks of a lane.
+
+    Raises:
+        WireError: these bytes are neither.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=Get | Offer)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"This is no Get and no Offer: {error}.") from error
 
 
 def problem(error: HansaError) -> bytes:

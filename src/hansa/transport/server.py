@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The listening end: who calls is known and admitted before a handler sees what they say.
 
-TLS 1.2 or newer with a client certificate of the federation's authority; the roster then admits that certificate at
-every call, before each event of a stream, and once a second while a stream lives.
+Calls are gRPC's, files have lanes (:mod:`hansa.transport.lane`), and both come in by one door
+(:mod:`hansa.transport.door`). TLS 1.2 or newer (1.3 for lanes) with a client certificate of the federation's authority;
+the roster then admits that certificate at every call and transfer, before each event of a stream, and once a second
+while a stream or a transfer lives.
 
 ===============================================  ================================================================
 no certificate, or another authority's           the handshake fails
@@ -15,8 +17,7 @@ any other error in a handler                     logged with an id; the client i
 too many calls at once by one peer               refused; the client waits and tries again
 an upload that is not allowed, or too large      refused before its manifest is read, or before a piece is written
 a transfer that stands still                     ended after ``stall_s``; of an upload, what has arrived stays
-many transfers at once                           share one budget of memory; see `hansa.transport.budget`
-pieces that come before they were granted        wait unread; a call holds a window of them at most
+many transfers at once                           take turns in a few threads; see `hansa.transport.lane`
 ===============================================  ================================================================
 """
 
@@ -28,9 +29,9 @@ import logging
 import os
 import secrets
 import socket
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,8 @@ from hansa.errors import AccessError, HansaError, StorageError, UnreachableError
 from hansa.pki.identity import Identity
 from hansa.pki.kit import Kit
 from hansa.transport import protocol
-from hansa.transport.budget import Budget
-from hansa.transport.memory import release
+from hansa.transport.door import Door
+from hansa.transport.lane import FAMILY, Lane, LostError, Turns, context_for
 from hansa.transport.messages import (
     CALLS,
     PROTOCOL,
@@ -54,7 +55,6 @@ from hansa.transport.messages import (
     Done,
     Follow,
     Get,
-    Grant,
     JobEvent,
     Message,
     Offer,
@@ -62,26 +62,35 @@ from hansa.transport.messages import (
     Ring,
     Wanted,
 )
-from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges, read_piece
-from hansa.transport.threads import ThreadGroup
+from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges
+from hansa.transport.threads import finished
 
 CALLS_PER_PEER = 64
 BEAT_S = 5.0
 STALL_S = 60.0
 PATROL_S = 1.0
-AHEAD = 2
-"""Pieces of a stream that are read or written while another is on the network."""
-WINDOW_BYTES = 48 << 20
-"""More than an upload is ever granted, so that the budget alone says what is under way."""
-
-RELEASE_BYTES = 256 << 20
-"""After so many bytes of large files, what the allocator has kept of them goes back."""
+IDLE_S = 120.0
+"""How long a lane may be unused."""
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _Context = Any  # grpc.aio.ServicerContext; grpcio has no types
 _Work = Callable[[Identity, _Context], Awaitable[None]]
+
+
+class _EndError(Exception):
+    """What a call or a transfer ends with.
+
+    Args:
+        error: what the caller is told.
+        code: gRPC's name for it, where it isn't what the error's class says.
+    """
+
+    def __init__(self, error: HansaError, code: Any = None) -> None:
+        super().__init__(error)
+        self.error = error
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -146,10 +155,10 @@ class Server:
         self._calls: Counter[str] = Counter()
         self._live: dict[asyncio.Task[Any], bytes] = {}
         self._expelled: dict[asyncio.Task[Any], HansaError] = {}
-        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "pieces")
+        self._turns = Turns()
+        self._door = Door(FAMILY, self._lane)
         self._configuration: tuple[bytes, ...] = ()
-        self._budget = Budget()
-        self._moved = 0
+        self._tls: tuple[tuple[bytes, ...], ssl.SSLContext] | None = None
         self._server: Any = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -157,8 +166,6 @@ class Server:
                 ("grpc.max_send_message_length", protocol.MAX_AGENDA_BYTES),
                 ("grpc.max_concurrent_streams", CALLS_PER_PEER),
                 *protocol.READ_OPTIONS,
-                ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-                ("grpc.http2.bdp_probe", 0),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -170,8 +177,6 @@ class Server:
         work = {kind.__name__: self._call(kind) for kind in CALLS} | {
             "Attend": self._events(Attend, handlers.attend),
             "Follow": self._events(Follow, handlers.follow),
-            "Download": self._download,
-            "Upload": self._upload,
         }
         # All are streams to gRPC, on the wire it is the same: its unary handlers never end a call that says nothing.
         methods = {
@@ -186,24 +191,27 @@ class Server:
             UnreachableError: the port is in use, or is not one to listen on.
         """
         credentials = grpc.dynamic_ssl_server_credentials(self._certificate(), self._renewed, True)
-        address = f"[{host}]" if ":" in host else host
         try:
-            self.port = self._server.add_secure_port(f"{address}:{port}", credentials)
-        except RuntimeError as error:
-            self._threads.shutdown()
+            self.port = self._door.listen(host, port)
+        except OSError as error:
+            self._turns.close()
             raise UnreachableError(
-                f"Can't listen on {host}:{port}: {_why_not(host, port)}. End what uses it, or choose another port."
+                f"Can't listen on {host}:{port}: {(error.strerror or str(error)).lower()}. "
+                "End what uses it, or choose another port."
             ) from error
+        inner = self._server.add_secure_port("127.0.0.1:0", credentials)
         await self._server.start()
+        self._door.open(inner)
         self._patrol = asyncio.create_task(self._patrolling())
 
     async def stop(self, grace: float | None = None) -> None:
         """Refuse new calls, give those under way ``grace`` seconds, then end them."""
         await self._server.stop(grace)
+        await self._door.close()
         self._patrol.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._patrol
-        self._threads.shutdown()
+        self._turns.close()
 
     def _certificate(self) -> Any:
         key, certificate = self._kit.pair()
@@ -234,53 +242,64 @@ class Server:
         """Return a gRPC handler that admits the caller, does the work and lets its errors travel."""
 
         async def handle(_: Any, context: _Context) -> None:
-            who = "somebody"
-            try:
-                pem = context.auth_context().get("x509_pem_cert", [b""])[0]
-                caller = self._kit.roster().admit(pem)
-                who = caller.member
-            except HansaError as refusal:
-                log.warning("%s was refused to %s: %s", name, context.peer(), refusal)
-                await self._handlers.refused(context.peer().rpartition(":")[0], name, refusal)
-                await _end(context, refusal, grpc.StatusCode.UNAUTHENTICATED)
+            pem = context.auth_context().get("x509_pem_cert", [b""])[0]
             said = dict(context.invocation_metadata() or ()).get(protocol.PROTOCOL_KEY)
-            if said != str(PROTOCOL):
-                mismatch = VersionError(
+            try:
+                async with self._admitted(name, self._door.peer(context.peer()), pem, said) as caller:
+                    await work(caller, context)
+            except _EndError as end:
+                await _end(context, end.error, end.code)
+
+        return handle
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, name: str, peer: str, pem: bytes, said: object) -> AsyncIterator[Identity]:
+        """Find out who calls, and let them do no more than one may; whatever goes wrong is an _EndError."""
+        who = "somebody"
+        try:
+            caller = self._kit.roster().admit(pem)
+            who = caller.member
+        except HansaError as refusal:
+            log.warning("%s was refused to %s: %s", name, peer, refusal)
+            await self._handlers.refused(peer.rpartition(":")[0], name, refusal)
+            raise _EndError(refusal, grpc.StatusCode.UNAUTHENTICATED) from refusal
+        if said != str(PROTOCOL):
+            raise _EndError(
+                VersionError(
                     f"The server speaks protocol {PROTOCOL}, the caller {str(said)[:20]}. "
                     "Install the same release of Hansa at both ends."
                 )
-                await _end(context, mismatch)
-            if self._calls[who] >= CALLS_PER_PEER:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{who} makes {CALLS_PER_PEER} calls at once")
-            task = asyncio.current_task()
-            assert task
-            self._calls[who] += 1
-            self._live[task] = pem
-            try:
-                await work(caller, context)
-            except HansaError as error:
-                await _end(context, error)
-            except asyncio.CancelledError:
-                if task not in self._expelled:
-                    raise
-                task.uncancel()
-                log.warning("%s of %s was ended: %s", name, who, self._expelled[task])
-                await _end(context, self._expelled[task], grpc.StatusCode.UNAUTHENTICATED)
-            except grpc.aio.BaseError:
+            )
+        if self._calls[who] >= CALLS_PER_PEER:
+            busy = UnreachableError(f"{who} makes {CALLS_PER_PEER} calls at once")
+            raise _EndError(busy, grpc.StatusCode.UNAVAILABLE)
+        task = asyncio.current_task()
+        assert task
+        self._calls[who] += 1
+        self._live[task] = pem
+        try:
+            yield caller
+        except HansaError as error:
+            raise _EndError(error) from error
+        except asyncio.CancelledError:
+            if task not in self._expelled:
                 raise
-            except Exception:  # a defect: logged here, and told without what it says
-                number = secrets.token_hex(4)
-                log.exception("%s of %s failed, error %s", name, who, number)
-                defect = HansaError(f"The server failed at {name}; its log says more under error {number}.")
-                await _end(context, defect, grpc.StatusCode.INTERNAL)
-            finally:
-                self._calls[who] -= 1
-                if not self._calls[who]:
-                    del self._calls[who]
-                self._live.pop(task, None)
-                self._expelled.pop(task, None)
-
-        return handle
+            task.uncancel()
+            log.warning("%s of %s was ended: %s", name, who, self._expelled[task])
+            raise _EndError(self._expelled[task], grpc.StatusCode.UNAUTHENTICATED) from None
+        except (grpc.aio.BaseError, LostError):
+            raise
+        except Exception as error:  # a defect: logged here, and told without what it says
+            number = secrets.token_hex(4)
+            log.exception("%s of %s failed, error %s", name, who, number)
+            defect = HansaError(f"The server failed at {name}; its log says more under error {number}.")
+            raise _EndError(defect, grpc.StatusCode.INTERNAL) from error
+        finally:
+            self._calls[who] -= 1
+            if not self._calls[who]:
+                del self._calls[who]
+            self._live.pop(task, None)
+            self._expelled.pop(task, None)
 
     async def _take_roster(self, _: Any, context: _Context) -> None:
         """Take a newer roster from whoever brings it: TLS has shown that the authority signed his certificate."""
@@ -315,119 +334,80 @@ class Server:
 
         return work
 
-    async def _download(self, caller: Identity, context: _Context) -> None:
-        get = protocol.decode(Get, await self._read(context))
-        path, manifest = await _beating(context, self._handlers.source(caller, get))
+    async def _lane(self, connection: socket.socket, peer: str) -> None:
+        """Serve a lane: one transfer after another, until its caller leaves."""
+        try:
+            lane = await Lane.open(connection, self._context(), self._turns, self._stall_s)
+        except LostError as lost:
+            log.info("No lane for %s: %s", peer, lost)
+            return
+        try:
+            pem, said = lane.certificate_pem(), (lane.alpn or "").rpartition("/")[2]
+            while True:
+                request = protocol.asked(await lane.hear(protocol.MAX_MESSAGE_BYTES, IDLE_S))
+                name = "Download" if isinstance(request, Get) else "Upload"
+                async with self._admitted(name, peer, pem, said) as caller:
+                    if isinstance(request, Get):
+                        await self._download(caller, lane, request)
+                    else:
+                        await self._upload(caller, lane, request)
+        except LostError as lost:
+            log.debug("The lane of %s ended: %s", peer, lost)
+        except _EndError as end:
+            await lane.tell_problem(end.error)
+        except HansaError as error:
+            await lane.tell_problem(error)
+        finally:
+            lane.close()
+
+    def _context(self) -> ssl.SSLContext:
+        """Return who we are now, for a new lane."""
+        now = (*self._kit.pair(), self._kit.authority_pem())
+        if self._tls is None or self._tls[0] != now:
+            self._tls = now, context_for(*now, server_side=True)
+        return self._tls[1]
+
+    async def _download(self, caller: Identity, lane: Lane, get: Get) -> None:
+        path, manifest = await _beating(lane, self._handlers.source(caller, get))
         if get.ranges is None:
-            for data in protocol.in_frames(await asyncio.to_thread(manifest.encode)):
-                await context.write(data)
+            await lane.say(await asyncio.to_thread(manifest.encode))
             return
         indices = in_ranges(get.ranges, manifest)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"Can't read {path.name}: {error.strerror}.") from error
-
-        num_bytes = 0
-        index = next(indices, None)
-
-        def begin() -> None:
-            nonlocal index, num_bytes
-            assert index is not None, "there are more"
-            ahead.begin(partial(read_piece, descriptor, manifest, index, path))
-            num_bytes += manifest.pieces[index][0]
-            index = next(indices, None)
-
         try:
-            with self._budget.share(caller.member) as share:
-                async with ThreadGroup[bytes](self._threads) as ahead:
-                    while index is not None or ahead:
-                        while index is not None and len(ahead) <= AHEAD and share.grab(1):
-                            begin()
-                        if not ahead:
-                            await _beating(context, share.wait())
-                            begin()
-                        await self._write(context, await ahead.next())
-                        share.give()
+            await lane.send_pieces(descriptor, manifest, indices, path, partial(self._handlers.sent, caller))
         finally:
             os.close(descriptor)
-            self._handlers.sent(caller, num_bytes)
-            self._release(num_bytes)
 
-    async def _upload(self, caller: Identity, context: _Context) -> None:
-        offer = protocol.decode(Offer, await self._read(context))
-        place = await _beating(context, self._handlers.offered(caller, offer))
+    async def _upload(self, caller: Identity, lane: Lane, offer: Offer) -> None:
+        place = await _beating(lane, self._handlers.offered(caller, offer))
         longest = MAX_MANIFEST_BYTES if place is None else min(place.max_manifest_bytes, MAX_MANIFEST_BYTES)
         if offer.manifest_bytes > longest:
             raise WireError(f"A manifest of {offer.manifest_bytes:,} bytes is too long; {longest:,} are accepted here.")
+        data = await lane.hear(offer.manifest_bytes)
         if place is None:
-            left = offer.manifest_bytes
-            while left > 0:
-                left -= len(await self._read(context))
-            await context.write(protocol.encode(Wanted([])))
-            await context.write(protocol.encode(Done()))
+            await lane.say(protocol.encode(Wanted([])))
+            await lane.say(protocol.encode(Done()))
             return
-        data = bytearray()
-        while len(data) < offer.manifest_bytes:
-            data += await self._read(context)
-        async with self._arriving(context, offer, place, data) as (incoming, threads):
-            await self._take_pieces(caller, context, incoming, threads)
-            await _beating(context, threads.do(incoming.finish))
-            await _beating(context, self._handlers.received(caller, offer, incoming))
-        await context.write(protocol.encode(Done()))
-
-    async def _take_pieces(
-        self, caller: Identity, context: _Context, incoming: Incoming, threads: ThreadGroup[None]
-    ) -> None:
-        """Ask for the pieces that are missing, and write them as they come."""
-        ranges = await threads.do(incoming.missing)
-        await context.write(protocol.encode(Wanted(ranges)))
-        indices = in_ranges(ranges, incoming.manifest)
-        left = sum(end - begin for begin, end in ranges)
-        coming = 0
-        with self._budget.share(caller.member) as share:
-            while left or coming or threads:
-                more = share.grab(left) if 4 * coming <= 3 * share.size else 0
-                if left and not (more or coming or threads):
-                    await _beating(context, share.wait())
-                    more = 1
-                if more:
-                    await context.write(protocol.encode(Grant(more)))
-                    left, coming = left - more, coming + more
-                if coming:
-                    payload = await self._read(context)
-                    coming -= 1
-                    threads.begin(partial(incoming.write, next(indices), payload))
-                    del payload
-                if threads and (len(threads) > AHEAD or not coming):
-                    await threads.next()
-                    share.give()
-        if incoming.num_bytes_missing:
-            raise WireError("An upload ended before all its pieces had come.")
-        self._release(incoming.manifest.num_bytes)
-
-    def _release(self, num_bytes: int) -> None:
-        self._moved += num_bytes
-        if self._moved >= RELEASE_BYTES:
-            self._moved = 0
-            self._threads.submit(release)
-
-    @contextlib.asynccontextmanager
-    async def _arriving(
-        self, context: _Context, offer: Offer, place: Destination, data: bytearray
-    ) -> AsyncIterator[tuple[Incoming, ThreadGroup[None]]]:
-        """Open the file that is to arrive, in a thread; close it once no thread is at it any more."""
 
         def begin() -> Incoming:
-            manifest = Manifest.decode(bytes(data))
+            manifest = Manifest.decode(data)
             if manifest.digest != offer.digest:
                 raise WireError("A manifest has another digest than the one it was offered by.")
             place.check(manifest)
             return stack.enter_context(Incoming(place.path, manifest, max_bytes=place.max_bytes, spares=place.spares))
 
         with contextlib.ExitStack() as stack:
-            async with ThreadGroup[None](self._threads) as threads:
-                yield await _beating(context, threads.do(begin)), threads
+            incoming = await _beating(lane, finished(begin))
+            ranges = await finished(incoming.missing)
+            await lane.say(protocol.encode(Wanted(ranges)))
+            await lane.receive_pieces(incoming, in_ranges(ranges, incoming.manifest))
+            await _beating(lane, finished(incoming.finish))
+            await _beating(lane, self._handlers.received(caller, offer, incoming))
+        await lane.say(protocol.encode(Done()))
 
     async def _read(self, context: _Context) -> bytes:
         try:
@@ -439,13 +419,6 @@ class Server:
             raise WireError("A call ended before all of it had been said.")
         assert isinstance(data, bytes)
         return data
-
-    async def _write(self, context: _Context, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await context.write(data)
-        except TimeoutError:
-            raise UnreachableError(f"Nothing was taken for {self._stall_s:g} s; the call was ended.") from None
 
 
 async def serve(handlers: Handlers, kit: Kit, host: str, port: int, *, stall_s: float = STALL_S) -> Server:
@@ -475,26 +448,14 @@ async def _end(context: _Context, error: HansaError, code: Any = None) -> None:
     await context.abort(code, type(error).__name__, ((protocol.PROBLEM_KEY, protocol.problem(error)),))
 
 
-async def _beating(context: _Context, work: Awaitable[_T]) -> _T:
+async def _beating(lane: Lane, work: Awaitable[_T]) -> _T:
     """Await something of our own; the peer gets a sign of life now and then meanwhile."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=BEAT_S))[0]:
-            await context.write(protocol.BEAT)
+            await lane.beat()
     except BaseException:  # let go of what was begun; raised again
         task.cancel()
         await asyncio.wait({task})
         raise
     return task.result()
-
-
-def _why_not(host: str, port: int) -> str:
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    return "another process took it just now"

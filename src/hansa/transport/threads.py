@@ -1,72 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in threads: over when its block is left, whatever ends the block; or done for many at once."""
+"""Work in threads: over when whoever began it goes on, whatever happens; or done for many at once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from concurrent.futures import Executor
+from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-class ThreadGroup(Generic[_T]):
-    """Runs work in an executor's threads; leaving the block waits for all of it, so files can be closed after it.
+async def finished(work: Callable[[], _R], executor: Executor | None = None) -> _R:
+    """Return what ``work`` returns, done in a thread of ``executor``, or of the event loop's.
 
-    A thread can't be cancelled: who awaits its result can, and would close files under it. Here a cancellation
-    waits for the threads and goes on then. Nothing is dropped: a piece that has come is written, its stream broken or
-    not.
-
-    Args:
-        executor: where the threads are.
+    A thread can't be cancelled: who awaits its result can, and would close files under it. Here a cancellation, or
+    several, wait for the thread and go on then.
     """
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._queue: deque[Future[_T]] = deque()
-        self._unfinished: set[Future[Any]] = set()
-
-    async def __aenter__(self) -> ThreadGroup[_T]:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        waiting = asyncio.gather(*map(asyncio.wrap_future, tuple(self._unfinished)), return_exceptions=True)
-        cancelled = False
-        while not waiting.done():
-            try:
-                await asyncio.shield(waiting)
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            raise asyncio.CancelledError
-
-    def __len__(self) -> int:
-        """How many results of `begin` were not taken yet."""
-        return len(self._queue)
-
-    def begin(self, work: Callable[[], _T]) -> None:
-        """Begin some work; `next` returns what it returns."""
-        self._queue.append(self._submit(work))
-
-    async def next(self) -> _T:
-        """Return the result of what was begun first; it is taken then."""
-        return await asyncio.wrap_future(self._queue.popleft())
-
-    async def do(self, work: Callable[[], _R]) -> _R:
-        """Do some work beside what was begun, and return its result."""
-        return await asyncio.wrap_future(self._submit(work))
-
-    def _submit(self, work: Callable[[], _R]) -> Future[_R]:
-        future = self._executor.submit(work)
-        self._unfinished.add(future)
-        future.add_done_callback(self._unfinished.discard)
-        return future
+    future = asyncio.get_running_loop().run_in_executor(executor, work)
+    cancelled = False
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        future.exception()  # whoever cancels does not want to know
+        raise asyncio.CancelledError
+    return future.result()
 
 
 class Together(Generic[_T, _R]):
