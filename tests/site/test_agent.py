@@ -593,23 +593,26 @@ async def test_the_doorbell_brings_the_agenda(tmp_path, monkeypatch):
 async def test_an_agenda_from_before_an_answer_starts_nothing_again(tmp_path, monkeypatch):
     """It arrives when the answer has been acknowledged: what it has is not news."""
     attend, acknowledged = Service.attend, Outbox.acknowledged
-    over = asyncio.Event()
+    over, answered = asyncio.Event(), set()
     stale = 0
 
     def forget(self, task):
         acknowledged(self, task)
+        answered.add(task)
         over.set()
 
     async def late(self, caller, request):
         nonlocal stale
         async for ring in attend(self, caller, request):
-            over.clear()
             yield ring
-            if ring.agenda is not None and any(given.kind == "train" for given in ring.agenda.assignments):
-                await over.wait()
+            given = [] if ring.agenda is None else ring.agenda.assignments
+            if training := {each.task for each in given if each.kind == "train"}:
+                while not training <= answered:
+                    over.clear()
+                    await over.wait()
                 stale += 1
                 number = ring.sequence + 1
-                yield Ring(number, ring.roster, ring.lease_s, Agenda(number, ring.agenda.jobs, ring.agenda.assignments))
+                yield Ring(number, ring.roster, ring.lease_s, Agenda(number, ring.agenda.jobs, given))
 
     monkeypatch.setattr(Outbox, "acknowledged", forget)
     monkeypatch.setattr(Service, "attend", late)

@@ -21,6 +21,7 @@ whether one is the newest, it is asked for.
 | the same agenda again and again | asked for ever more slowly |
 | an agenda comes by a ring while another is asked for | neither counts; it is asked for again |
 | an agenda by a ring has what was answered meanwhile | begun again only if one that is asked for has it, too |
+| an agenda does not have what is being answered | the answer may just have been taken: its reply says so |
 | an agenda by a ring is no newer than the last that was taken up | passed over |
 | a name that would lead out of the site's folder | that assignment is not taken up |
 | the certificate was revoked or has expired | AccessError: the agent ends, and says what to do |
@@ -103,6 +104,7 @@ class _Doing:
     job: str
     task: asyncio.Task[None]
     withdrawn: bool = False
+    answering: bool = False
     phase: str = "waiting"
     since: float = field(default_factory=time.monotonic)
     worked_s: float = 0.0
@@ -323,7 +325,7 @@ class Agent:
         jobs = self._listed = frozenset(id for id in agenda.jobs if _is_name(id))
         wanted = {given.task: given for given in agenda.assignments if given.job in jobs and _sound(given)}
         for name, doing in self._doing.items():
-            if name not in wanted and name not in self._answered and not doing.withdrawn:
+            if name not in wanted and name not in self._answered and not (doing.withdrawn or doing.answering):
                 _LOG.info("%s is not wanted any more", name)
                 doing.withdrawn = True
                 doing.task.cancel()
@@ -417,6 +419,7 @@ class Agent:
                 break
             except (JobError, WireError) as error:
                 refusals += 1
+                self._ask_again()  # what was withdrawn while it was being answered is stopped now
                 _LOG.warning("%s: the server does not take the answer: %s", given.task, error.message)
                 if refusals == REFUSALS and entry.outcome.missing is None:
                     reason = f"The server did not take the site's answer: {error.message}"
@@ -487,7 +490,13 @@ class Agent:
         missing = outcome.missing
         if missing is not None:
             missing = Missing(missing.kind, without_paths(missing.reason, self._settings, self._directory))
-        await connection.call(Answer(job.id, given.task, inline, upload, missing, outcome.inspected, outcome.letter))
+        doing = self._doing[given.task]
+        doing.answering = True
+        try:
+            answer = Answer(job.id, given.task, inline, upload, missing, outcome.inspected, outcome.letter)
+            await connection.call(answer)
+        finally:
+            doing.answering = False
 
     # Reports
 

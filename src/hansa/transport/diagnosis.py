@@ -87,19 +87,17 @@ async def _connected(host: str, port: int, tunnel: str | None, step_s: float) ->
     try:
         async with asyncio.timeout(step_s):
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            for last, (family, kind, number, _, address) in enumerate(found, 1 - len(found)):
+            for last, (family, kind, number, _, target) in enumerate(found, 1 - len(found)):
                 connection = socket.socket(family, kind, number)
                 connection.setblocking(False)
                 try:
-                    await loop.sock_connect(connection, address)
-                    return connection
-                except OSError:
+                    await loop.sock_connect(connection, target)
+                except BaseException as error:  # let go of what was begun; raised again where no address is left
                     connection.close()
-                    if not last:
+                    if not last or not isinstance(error, OSError):
                         raise
-                except BaseException:  # let go of the connection; raised again
-                    connection.close()
-                    raise
+                else:
+                    return connection
     except socket.gaierror as error:
         raise UnreachableError(
             f"Can't reach {what}: the name {host} has no address ({error.strerror}). Check its spelling, and DNS."

@@ -59,7 +59,7 @@ ALPN = f"{FAMILY}{PROTOCOL}"
 
 BLOCK_BYTES = 128 << 10
 """How much is read, encrypted, hashed and written at a time: it stays in the cache of a core."""
-TURN_BYTES = 8 << 20
+TURN_BYTES = 4 << 20
 LINGER_MS = 3
 """How long a thread waits for more from a peer while nobody else needs it."""
 RECORD_BYTES = (16 << 10) + 64
@@ -244,7 +244,9 @@ class Lane:
 
     @property
     def is_open(self) -> bool:
-        """Whether, as far as one can see, an idle lane may be used again: the other side has not closed it."""
+        """Whether, as far as one can see, an idle lane may be used again: nothing is unread, not even its end."""
+        if self._arrived.pending or self._tls.pending() or self._overheard:
+            return False
         try:
             self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -405,9 +407,7 @@ class Lane:
                         except ssl.SSLError as error:
                             _lost(error)
                         else:
-                            filled += count
-                            if not count:
-                                raise LostError("the other side closed the connection")
+                            filled += count or _closed()
                     piece.add(buffer[:filled])
                     left -= filled
                     if not there:
@@ -540,9 +540,10 @@ class Lane:
             except OSError as error:
                 _lost(error)
             else:
-                if not count:
-                    raise LostError("the other side closed the connection")
-                self._arrived.write(buffer[:count])
+                if count:
+                    self._arrived.write(buffer[:count])
+                else:
+                    self._arrived.write_eof()  # TLS says so once what came before is read
                 return True
 
     def _lingered(self, event: int) -> bool:
@@ -587,30 +588,32 @@ class Lane:
             except ssl.SSLError as error:
                 _lost(error)
             else:
-                if not count:
-                    raise LostError("the other side closed the connection")
-                view = view[count:]
+                view = view[count or _closed() :]
 
     def _overhear(self) -> None:
         """While we send, see whether the other side has said something: a problem is raised, beats are nothing."""
-        with contextlib.suppress(ssl.SSLWantReadError):
-            while self._take_in(linger=False):
+        end: ssl.SSLError | None = None
+        while end is None and self._take_in(linger=False):
+            try:
                 while len(self._overheard) <= PROBLEM_BYTES + _HEADER.size:
-                    data = self._tls.read(BLOCK_BYTES)
-                    if not data:
-                        raise LostError("the other side closed the connection")
-                    self._overheard += data
+                    self._overheard += self._tls.read(BLOCK_BYTES) or _closed()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as error:
+                end = error
         while len(self._overheard) >= _HEADER.size:
             length, number = _HEADER.unpack_from(self._overheard)
             kind = _kind(number)
             if kind not in (Kind.BEAT, Kind.PROBLEM) or length > PROBLEM_BYTES:
                 raise WireError(f"The other side sent a {kind.name.lower()} while it was being sent something.")
             if len(self._overheard) < _HEADER.size + length:
-                return
+                break
             body = bytes(self._overheard[_HEADER.size : _HEADER.size + length])
             del self._overheard[: _HEADER.size + length]
             if kind is Kind.PROBLEM:
                 raise self._told(body)
+        if end:
+            _lost(end)
 
     def _told(self, problem: bytes) -> HansaError:
         """Return the problem that the other side tells; only who listens tells any."""
@@ -626,10 +629,14 @@ def _kind(number: int) -> Kind:
         raise WireError(f"There is no frame of kind {number}.") from None
 
 
+def _closed() -> NoReturn:
+    raise LostError("the other side closed the connection")
+
+
 def _lost(error: OSError) -> NoReturn:
     """Raise what TLS or TCP said as a connection lost."""
     if isinstance(error, ssl.SSLZeroReturnError | ssl.SSLEOFError):
-        raise LostError("the other side closed the connection") from error
+        _closed()
     if isinstance(error, ssl.SSLError):
         raise LostError(f"TLS failed: {error.reason or error}", connecting=True) from error
     raise LostError(f"the connection broke: {(error.strerror or str(error)).lower()}") from error
