@@ -40,6 +40,7 @@ from hansa.transport.server import Destination, serve
 from slow_link import SlowLink
 
 MIB = 1 << 20
+KINDS = ("bare socket", "bare hash+disk", "hansa")
 
 
 class Depot:
@@ -119,13 +120,10 @@ def bare(folder: Path, name: str, purpose: ssl.Purpose) -> ssl.SSLContext:
     return context
 
 
-def be_bare_server(folder: Path, work: bool) -> None:
+def take(connection: ssl.SSLSocket, path: Path, work: bool) -> None:
     """Receive a file: into one buffer; with ``work`` each MiB is hashed and written, and the file made durable."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    print(listener.getsockname()[1], flush=True)
-    connection = bare(folder, "server", ssl.Purpose.CLIENT_AUTH).wrap_socket(listener.accept()[0], server_side=True)
     buffer = memoryview(bytearray(MIB))
-    with (folder / "bare").open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file:
         full = True
         while full:
             filled = 0
@@ -137,23 +135,55 @@ def be_bare_server(folder: Path, work: bool) -> None:
             full = filled == MIB
         if work:
             os.fsync(file.fileno())
-    connection.unwrap()
-    told()
 
 
-def be_bare_client(folder: Path, port: str, work: bool) -> None:
-    context = bare(folder, "s00", ssl.Purpose.SERVER_AUTH)
-    name = Kit(folder / "s00").server_name
-    connection = context.wrap_socket(socket.create_connection(("127.0.0.1", int(port))), server_hostname=name)
-    print("ready", flush=True)
-    told()
-    with (folder / "file").open("rb", buffering=0) as file:
+def give(connection: ssl.SSLSocket, path: Path, work: bool) -> None:
+    """Send a file, read a MiB at a time; without ``work`` as many bytes that are no file's."""
+    with path.open("rb", buffering=0) as file:
         block = bytearray(MIB)
         for _ in range(0, os.fstat(file.fileno()).st_size, MIB):
             if work:
                 file.readinto(block)
             connection.sendall(block)
     connection.unwrap()
+
+
+def be_bare_server(folder: Path, work: bool, direction: str, clients: str) -> None:
+    """Serve each client in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    context = bare(folder, "server", ssl.Purpose.CLIENT_AUTH)
+
+    def serve_one(plain: socket.socket, number: int) -> None:
+        connection = context.wrap_socket(plain, server_side=True)
+        if direction == "up":
+            take(connection, folder / f"bare-{number}", work)
+            connection.unwrap()
+        else:
+            connection.recv(1)
+            give(connection, folder / "file", work)
+
+    threads = []
+    for number in range(int(clients)):
+        threads.append(threading.Thread(target=serve_one, args=(listener.accept()[0], number)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    told()
+
+
+def be_bare_client(folder: Path, port: str, name: str, work: bool, direction: str) -> None:
+    context = bare(folder, name, ssl.Purpose.SERVER_AUTH)
+    server = Kit(folder / name).server_name
+    connection = context.wrap_socket(socket.create_connection(("127.0.0.1", int(port))), server_hostname=server)
+    print("ready", flush=True)
+    told()
+    if direction == "up":
+        give(connection, folder / "file", work)
+    else:
+        connection.sendall(b"g")
+        take(connection, folder / f"bare-{name}", work)
+        connection.unwrap()
     print("done", flush=True)
     told()
 
@@ -207,8 +237,9 @@ def cpu(process: subprocess.Popen[str]) -> float:
 
 def measured(folder: Path, path: str, clients: int, mib: int) -> tuple[float, float, float, float, float]:
     """Return GB/s, CPU s/GiB of server and of clients, peak RssAnon in MiB of the server and of the largest client."""
-    kind, _, direction = path.partition(" ")
-    server = child(f"{kind}-server", str(folder), direction)
+    kind, _, direction = path.rpartition(" ")
+    kind = kind.replace(" ", "-")
+    server = child(f"{kind}-server", str(folder), direction, str(clients))
     port = line(server)
     dialled = [child(f"{kind}-client", str(folder), port, f"s{i:02d}", direction) for i in range(clients)]
     for process in dialled:
@@ -235,7 +266,7 @@ def measured(folder: Path, path: str, clients: int, mib: int) -> tuple[float, fl
 
 def over_link(folder: Path, args: argparse.Namespace) -> None:
     """Print what a file takes over a link, and how much of the link's rate that is."""
-    server = child("hansa-server", str(folder), "")
+    server = child("hansa-server", str(folder), "", "1")
     link = SlowLink(int(line(server)), args.delay_ms / 1000, args.mbit * 1e6 / 8)
     client = child("hansa-repeater", str(folder), str(link.port), str(args.repeat))
     alone = args.mib * MIB / (args.mbit * 1e6 / 8)
@@ -286,9 +317,7 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|---|")
         for clients in args.clients:
-            for path in ["bare socket", "bare hash+disk", "hansa up", "hansa down"]:
-                if path.startswith("bare") and clients > 1:
-                    continue
+            for path in [f"{kind} {direction}" for direction in ("up", "down") for kind in KINDS]:
                 runs = [measured(folder, path, clients, args.mib) for _ in range(args.repeat)]
                 rates = [run[0] for run in runs]
                 rest = [statistics.median(column) for column in list(zip(*runs, strict=True))[1:]]
@@ -310,10 +339,11 @@ def be(role: str, folder: str, *args: str) -> None:
             asyncio.run(be_client(Path(folder), *args))
         case "hansa-repeater":
             asyncio.run(be_repeater(Path(folder), *args))
-        case "bare-server":
-            be_bare_server(Path(folder), args[0] == "hash+disk")
-        case "bare-client":
-            be_bare_client(Path(folder), args[0], args[2] == "hash+disk")
+        case "bare-socket-server" | "bare-hash+disk-server":
+            be_bare_server(Path(folder), "hash" in role, *args)
+        case "bare-socket-client" | "bare-hash+disk-client":
+            port, name, direction = args
+            be_bare_client(Path(folder), port, name, "hash" in role, direction)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ class Relay:
         targets: what CONNECT was asked for, if it is a proxy.
     """
 
-    def __init__(self, target: int, *, tunnels: bool = False) -> None:
+    def __init__(self, target: int, *, tunnels: bool = False, local: str = "127.0.0.1") -> None:
         self.port = 0
         self.passed = 0
         self.dialled = 0
         self.targets: list[str] = []
         self._target = target
         self._tunnels = tunnels
+        self._local = local
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -62,7 +63,7 @@ class Relay:
                 self.targets.append(target)
                 port = int(target.rpartition(":")[2])
                 writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(self._local, 0))
             self._writers.add(far_writer)
             for source, sink in ((reader, far_writer), (far_reader, writer)):
                 task = asyncio.create_task(self._pass(source, sink))
@@ -89,9 +90,12 @@ class Relay:
 
 
 @contextlib.asynccontextmanager
-async def relay(target: int, *, tunnels: bool = False) -> AsyncIterator[Relay]:
-    """Start a relay to a port of this machine; with ``tunnels`` it is an HTTP proxy that knows CONNECT alone."""
-    made = Relay(target, tunnels=tunnels)
+async def relay(target: int, *, tunnels: bool = False, local: str = "127.0.0.1") -> AsyncIterator[Relay]:
+    """Start a relay to a port of this machine; with ``tunnels`` it is an HTTP proxy that knows CONNECT alone.
+
+    The address ``local`` is where it dials from.
+    """
+    made = Relay(target, tunnels=tunnels, local=local)
     server = await asyncio.start_server(made._serve, "127.0.0.1", 0)
     made.port = server.sockets[0].getsockname()[1]
     try:

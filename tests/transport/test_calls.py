@@ -25,6 +25,7 @@ from hansa.pki.kit import Kit
 from hansa.transport import messages, protocol
 from hansa.transport.client import Connection
 from hansa.transport.messages import Attend, Follow, Poll, Report, Ring, Submit
+from hansa.transport.pieces import describe
 from hansa.transport.server import Server, serve
 from relay import relay
 
@@ -491,3 +492,28 @@ async def test_the_server_survives_any_bytes(
     assert not [record for record in caplog.records if record.exc_info], "nothing of this is a defect"
     async with dial() as connection:
         await connection.call(messages.ListJobs())
+
+
+async def test_the_audit_hears_where_a_caller_is(
+    federation: Federation, server: Server, dial: Dial, depot: Depot, tmp_path: Path
+) -> None:
+    """Not at the loopback's address, by which gRPC knows all who come in by the door."""
+    peers: set[tuple[str, str]] = set()
+
+    async def refused(peer: str, action: str, error: HansaError) -> None:
+        peers.add((peer, action))
+
+    depot.refused = refused  # type: ignore[method-assign]
+    revoked = federation.kit(Role.SITE, "narva")
+    federation.authority.revoke("site/narva", "its key was copied")
+    federation.tell(federation.server)
+    (tmp_path / "file").write_bytes(b"x")
+    async with (
+        relay(server.port, local="127.0.0.2") as network,
+        dial(revoked, network.port, patience_s=0) as connection,
+    ):
+        with pytest.raises(AccessError):
+            await connection.call(messages.ListJobs())
+        with pytest.raises(AccessError):
+            await connection.upload("j", "t", tmp_path / "file", describe(tmp_path / "file"))
+    assert peers == {("ipv4:127.0.0.2", "ListJobs"), ("ipv4:127.0.0.2", "Upload")}

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
@@ -28,6 +29,7 @@ def serve(directory: Path, overrides: Sequence[str], *, as_json: bool) -> None:
     from hansa.transport.memory import tune_allocator
 
     tune_allocator()
+    allow_many_connections()
     chosen = settings.load(directory / settings.FILE, overrides)
     logs.set_up(chosen.log_format)
 
@@ -37,6 +39,12 @@ def serve(directory: Path, overrides: Sequence[str], *, as_json: bool) -> None:
             await server.jobs
 
     _until_stopped(work())
+
+
+def allow_many_connections() -> None:
+    """Let this process have as many open files as the system lets it: three for each site that attends."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def attend(directory: Path, *, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 
 By default, glibc takes each buffer of a few hundred KiB or more from the system and returns it at once, so every frame
 of a transfer costs a system call and a page fault for each 4 KiB of it. Keeping a few of them is worth more than any
-option of gRPC. What is kept lies scattered, more of it with every connection, so now and then all of it goes back.
+option of gRPC.
 """
 
 from __future__ import annotations
@@ -25,9 +25,3 @@ def tune_allocator() -> None:
         libc.mallopt(_TRIM_THRESHOLD, 256 << 20)
         libc.mallopt(_TOP_PAD, 16 << 20)
         libc.mallopt(_ARENA_MAX, 2)  # each arena keeps buffers of its own, and gRPC's threads would make many
-
-
-def release() -> None:
-    """Give back what is kept and not in use: as many page faults later as it has pages."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
