@@ -278,7 +278,8 @@ class Fold:
                         values = trees.block(parts[part][name], start)
                     if discount != 1.0:
                         values = values.astype(total.dtype) * total.dtype.type(discount)
-                    np.add(total, values, out=total, dtype=total.dtype, casting="same_kind")
+                    out = total if total.ndim else None
+                    total = np.add(total, values, out=out, dtype=total.dtype, casting="same_kind")
             sums.write(name, start, total)
 
         places = [
@@ -355,11 +356,11 @@ class _Sum:
             raise self._failed(error) from error
 
     def read(self, name: str, start: int, size: int) -> Array:
-        """Return a copy, or where sums are in memory a view, of so many elements of a tensor."""
+        """Return a copy, or where sums are in memory a view, of so many elements of a tensor; one 0 if all are new."""
         if self.path is None:
             return self._arrays[name].reshape(-1)[start : start + size]
         if not self.begun:
-            return np.zeros(size, self._dtypes[name])
+            return np.zeros((), self._dtypes[name])
         values = np.empty(size, self._dtypes[name])
         done, raw = 0, memoryview(values.view(np.uint8).data)
         while done < len(raw):

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from hansa.core import storage
 from hansa.core import tree as trees
 from hansa.core.each import Rows, Rule, places
 from hansa.core.fold import Fold, as_accepted
@@ -120,11 +123,8 @@ class Stack(Fold):
                 path.unlink()  # it is this round's only, and goes with its descriptor, whatever ends the process
             for chunk in _reading(handle):
                 offset, dtype = self._places[chunk.part, chunk.tensor]
-                raw = memoryview(chunk.values.astype(dtype).tobytes())
-                place = begin + offset + chunk.start * dtype.itemsize
-                while raw:
-                    written = os.pwrite(self._file, raw, place)
-                    raw, place = raw[written:], place + written
+                raw = np.ascontiguousarray(chunk.values, dtype).view(np.uint8).data
+                storage.write_at(self._file, raw, begin + offset + chunk.start * dtype.itemsize)
         except OSError as error:
             raise StorageError(
                 f"Can't keep the update on disk: {error.strerror}. Free some space or set output.dir to a larger disk, "
