@@ -10,7 +10,7 @@ from hansa.core import tree as trees
 from hansa.core.shared import shared
 
 
-@pytest.fixture(params=[1, 2, 4])
+@pytest.fixture(params=[1, 2])
 def threads(request, monkeypatch):
     monkeypatch.setattr(sharing, "_count", lambda: request.param)
     return request.param

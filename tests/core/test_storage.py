@@ -547,7 +547,7 @@ def test_a_folder_that_can_t_be_made_is_no_error(tmp_path: Path) -> None:
     assert not spares.take(tmp_path / "new")
 
 
-def test_a_large_tree_is_saved_by_several_processors_with_the_same_bytes(
+def test_a_large_tree_is_saved_by_two_processors_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = {
@@ -556,12 +556,12 @@ def test_a_large_tree_is_saved_by_several_processors_with_the_same_bytes(
         "n": np.arange(4),
         "e": np.zeros(0),
     }
-    for threads in (1, 4):
+    for threads in (1, 2):
         monkeypatch.setattr(sharing, "_count", lambda threads=threads: threads)
         (tmp_path / str(threads)).write_bytes(b"longer than the tree" * 1_000_000)
         storage.save_tree(tmp_path / str(threads), tree, durable=threads > 1)
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "4").read_bytes()
-    loaded = storage.load_tree(tmp_path / "4")
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    loaded = storage.load_tree(tmp_path / "2")
     assert all(np.array_equal(loaded[name], leaf) for name, leaf in tree.items())
 
 

@@ -12,7 +12,7 @@ Guarantees, each held by a test:
   of an accumulator is claimed before it is used.
 
 Updates that lie on disk are added several at a time, block by block, so an accumulator is read and written once for
-``TOGETHER`` of them, and large ones by several processors, each at other blocks. It is not mapped for that: a first
+``TOGETHER`` of them, and large ones by two processors, each at other blocks. It is not mapped for that: a first
 write to a mapped page costs more than the adding.
 
 | case | result |

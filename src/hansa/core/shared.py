@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of a large model worked on by several processors at once: for what the whole federation waits for.
+"""Blocks of a large model worked on by two processors at once: for what the whole federation waits for.
 
 | case | result |
 |---|---|
@@ -20,8 +20,8 @@ from typing import TypeVar
 
 from hansa.core import tree as trees
 
-THREADS = 4
-"""At most so many, whatever the number of processors: memory is a few blocks for each."""
+THREADS = 2
+"""At most so many, whatever the number of processors: each holds a few blocks, for FedAdam 20 MiB."""
 
 _T = TypeVar("_T")
 

@@ -385,7 +385,7 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def save_tree(path: Path, tree: Tree, metadata: Mapping[str, str] | None = None, *, durable: bool = False) -> None:
-    """Write ``tree`` as a safetensors file, block by block, several of a large one at once.
+    """Write ``tree`` as a safetensors file, block by block, of a large one two at once.
 
     Args:
         path: where to.

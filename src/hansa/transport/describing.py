@@ -55,7 +55,7 @@ class Describing:
 def write(file: BinaryIO, value: Encoded) -> Manifest:
     """Write a value to the beginning of a file, where ``file`` stands, and return the manifest.
 
-    Of a large value several pieces are computed and written at once; ``file`` is at its end then.
+    Of a large value two pieces are computed and written at once; ``file`` is at its end then.
 
     Raises:
         OSError: the disk is full or fails.

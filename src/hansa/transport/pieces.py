@@ -104,7 +104,7 @@ class Manifest:
 
 
 def describe(path: Path, cuts: Sequence[int] | None = None) -> Manifest:
-    """Read a file once and return its manifest; a large one is read by several processors at once.
+    """Read a file once and return its manifest; a large one is read by two processors at once.
 
     Args:
         path: the file.
