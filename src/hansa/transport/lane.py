@@ -58,7 +58,11 @@ ALPN = f"{FAMILY}{PROTOCOL}"
 """What a client asks for in TLS (RFC 7301) who wants a lane."""
 
 BLOCK_BYTES = 128 << 10
-"""How much is read, encrypted, hashed and written at a time: it stays in the cache of a core."""
+"""How much is received, hashed and written at a time: it stays in the cache of a core."""
+SEND_BYTES = 64 << 10
+"""How much is read, encrypted and sent at a time."""
+FEED_BYTES = 32 << 10
+"""How much TLS is given at a time: it keeps room for the most that it ever had, for each lane."""
 TURN_BYTES = 4 << 20
 LINGER_MS = 3
 """How long a thread waits for more from a peer while nobody else needs it."""
@@ -196,6 +200,7 @@ class Lane:
         )
         self._decrypt: Callable[[int, memoryview], int] = self._tls.read  # type: ignore[assignment]
         self._unsent = memoryview(b"")
+        self._rest = memoryview(b"")  # what was received and TLS has not been given, in the thread's buffer
         self._overheard = bytearray()
         self._poll = select.poll()
 
@@ -341,7 +346,7 @@ class Lane:
                     begin = 0 if done else _HEADER.size
                     if begin:
                         _HEADER.pack_into(buffer, 0, length, Kind.PIECE)
-                    count = min(length - done, BLOCK_BYTES)
+                    count = min(length - done, SEND_BYTES)
                     fill(descriptor, buffer[begin : begin + count], offset + done, path)
                     self._encrypt(buffer[: begin + count])
                     yield from self._flush()
@@ -414,7 +419,7 @@ class Lane:
                         yield Wait.READ
                 piece.finish()
                 turn += length
-                if turn >= TURN_BYTES:
+                if turn >= TURN_BYTES and not self._rest:
                     turn = 0
                     yield Wait.TURN
 
@@ -452,6 +457,10 @@ class Lane:
             except StopIteration as end:
                 ended.append(end.value)
                 return None
+            finally:
+                if self._rest:
+                    self._arrived.write(self._rest)
+                    self._rest = memoryview(b"")
 
         patience_s = self._stall_s if patience_s is None else patience_s
         try:
@@ -529,9 +538,9 @@ class Lane:
                 _lost(error)
 
     def _take_in(self, linger: bool = True) -> bool:
-        """Give TLS what has come, and return whether anything had."""
+        """Give TLS some of what has come, and return whether anything had."""
         buffer = _buffers.raw
-        while True:
+        while not self._rest:
             try:
                 count = self._socket.recv_into(buffer)
             except BlockingIOError:
@@ -540,11 +549,13 @@ class Lane:
             except OSError as error:
                 _lost(error)
             else:
-                if count:
-                    self._arrived.write(buffer[:count])
-                else:
+                if not count:
                     self._arrived.write_eof()  # TLS says so once what came before is read
-                return True
+                    return True
+                self._rest = buffer[:count]
+        self._arrived.write(self._rest[:FEED_BYTES])
+        self._rest = self._rest[FEED_BYTES:]
+        return True
 
     def _lingered(self, event: int) -> bool:
         """Wait a moment for the network, unless somebody needs this thread."""
