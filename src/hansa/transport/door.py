@@ -56,10 +56,11 @@ class Door:
             OSError: the port is in use, or the host is not this one.
         """
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        families = {family for family, *_ in found}
         try:
             for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
                 bound = (address[0], port)
-                dual = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
+                dual = address[0] == "::" and socket.has_dualstack_ipv6() and len(families) == 1
                 listener = socket.create_server(bound, family=family, backlog=BACKLOG, dualstack_ipv6=dual)
                 listener.setblocking(False)
                 self._listeners.append(listener)
