@@ -67,6 +67,9 @@ LEAVE_S = 60.0
 WARM_S = 60.0
 """How long a lane that nobody uses, which saves two round trips or three, waits for the next file."""
 
+LINGER_MS = 50
+"""How long a thread of a transfer waits for the network before the event loop does, which costs more."""
+
 Progress = Callable[[int, int], None]
 """Called with (bytes that are there, bytes of the file)."""
 
@@ -112,7 +115,7 @@ class Connection:
         self._leaving: set[asyncio.Task[None]] = set()
         self._idle: list[_Idle] = []
         self._dialling: asyncio.Task[None] | None = None
-        self._turns = Turns()
+        self._turns = Turns(LINGER_MS)
         self._tls: tuple[_Identity, ssl.SSLContext] | None = None
 
     async def __aenter__(self) -> Connection:

@@ -58,14 +58,10 @@ ALPN = f"{FAMILY}{PROTOCOL}"
 """What a client asks for in TLS (RFC 7301) who wants a lane."""
 
 BLOCK_BYTES = 128 << 10
-"""How much is received, hashed and written at a time: it stays in the cache of a core."""
-SEND_BYTES = 64 << 10
-"""How much is read, encrypted and sent at a time."""
+"""How much is read, encrypted and sent, or received, hashed and written at a time: it stays in the cache of a core."""
 FEED_BYTES = 32 << 10
 """How much TLS is given at a time: it keeps room for the most that it ever had, for each lane."""
 TURN_BYTES = 4 << 20
-LINGER_MS = 3
-"""How long a thread waits for more from a peer while nobody else needs it."""
 RECORD_BYTES = (16 << 10) + 64
 """The longest record of TLS, and some (RFC 8446, section 5.2)."""
 FRAME_BYTES = 1 << 20
@@ -129,9 +125,14 @@ _buffers = _Buffers()
 
 
 class Turns:
-    """A few threads, which lanes use in turn."""
+    """A few threads, which lanes use in turn.
 
-    def __init__(self) -> None:
+    Args:
+        linger_ms: how long a thread waits for the network while, at the beginning, nobody else needs it.
+    """
+
+    def __init__(self, linger_ms: int) -> None:
+        self.linger_ms = linger_ms
         self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "lane")
         self._wanted = 0
         self._lock = threading.Lock()
@@ -346,7 +347,7 @@ class Lane:
                     begin = 0 if done else _HEADER.size
                     if begin:
                         _HEADER.pack_into(buffer, 0, length, Kind.PIECE)
-                    count = min(length - done, SEND_BYTES)
+                    count = min(length - done, BLOCK_BYTES)
                     fill(descriptor, buffer[begin : begin + count], offset + done, path)
                     self._encrypt(buffer[: begin + count])
                     yield from self._flush()
@@ -477,17 +478,18 @@ class Lane:
     async def _ready(self, wait: Wait, patience_s: float) -> None:
         """Wait until more has come, or, where we are to send, until that is possible too."""
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._socket, ready.set)
+        number = self._socket.fileno()  # by a socket's name the loop would look up its addresses
+        loop.add_reader(number, ready.set)
         if wait is Wait.WRITE:
-            loop.add_writer(self._socket, ready.set)
+            loop.add_writer(number, ready.set)
         try:
             async with asyncio.timeout(patience_s):
                 await ready.wait()
         except TimeoutError:
             raise StalledError(f"nothing moved for {patience_s:g} s") from None
         finally:
-            loop.remove_reader(self._socket)
-            loop.remove_writer(self._socket)
+            loop.remove_reader(number)
+            loop.remove_writer(number)
 
     def _shake_hands(self) -> Steps[None]:
         while True:
@@ -562,7 +564,7 @@ class Lane:
         if self._turns.wanted:
             return False
         self._poll.register(self._socket, event)
-        return bool(self._poll.poll(LINGER_MS))
+        return bool(self._poll.poll(self._turns.linger_ms))
 
     def _header(self) -> Steps[tuple[Kind, int]]:
         """Read the header of the next frame that is no beat; a problem is raised."""

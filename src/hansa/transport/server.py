@@ -72,6 +72,9 @@ PATROL_S = 1.0
 IDLE_S = 120.0
 """How long a lane may be unused."""
 
+LINGER_MS = 3
+"""How long a thread stays with a transfer that waits for the network, if no other needs it."""
+
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
@@ -155,7 +158,7 @@ class Server:
         self._calls: Counter[str] = Counter()
         self._live: dict[asyncio.Task[Any], bytes] = {}
         self._expelled: dict[asyncio.Task[Any], HansaError] = {}
-        self._turns = Turns()
+        self._turns = Turns(LINGER_MS)
         self._door = Door(FAMILY, self._lane)
         self._configuration: tuple[bytes, ...] = ()
         self._tls: tuple[tuple[bytes, ...], ssl.SSLContext] | None = None
