@@ -30,10 +30,11 @@ from hansa.errors import (
 from hansa.pki.identity import Identity, Role
 from hansa.transport import client, diagnosis, door, lane, messages, protocol
 from hansa.transport.client import Connection
-from hansa.transport.lane import Kind, Lane, LostError
+from hansa.transport.lane import Kind, Lane
 from hansa.transport.messages import Get, Offer
 from hansa.transport.pieces import PIECE_BYTES, Arrival, Incoming, Manifest, describe
 from hansa.transport.server import Destination, Server, serve
+from hansa.transport.turns import LostError
 from relay import Relay, relay
 
 from .conftest import Depot, Dial, Federation

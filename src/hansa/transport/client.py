@@ -40,7 +40,7 @@ from hansa.core import storage
 from hansa.errors import AccessError, HansaError, StorageError, UnreachableError, VersionError, WireError
 from hansa.pki.kit import Kit
 from hansa.transport import diagnosis, messages, protocol
-from hansa.transport.lane import ALPN, Lane, LostError, Turns, context_for
+from hansa.transport.lane import ALPN, Lane, context_for
 from hansa.transport.messages import (
     MAX_RANGES,
     Attend,
@@ -57,6 +57,7 @@ from hansa.transport.messages import (
 )
 from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges
 from hansa.transport.threads import finished
+from hansa.transport.turns import LostError, Turns
 
 CALL_S = 60.0
 """How long a call may take before it counts as lost (a Poll: beside what it asks to wait)."""

@@ -6,9 +6,9 @@ them. A frame is
 
     length u32 (little-endian) · kind u8 · body
 
-and kinds are those of :class:`Kind`. Every step (:data:`Steps`) runs in one of a few threads until the network makes
-it wait; then the thread goes to whoever is ready, and asyncio waits. So thousands of lanes need no threads, and only
-threads have buffers.
+and kinds are those of :class:`Kind`. A transfer's steps (:data:`Steps`) run in one of a few threads
+(:mod:`hansa.transport.turns`) until the network makes them wait; then the thread goes to whoever is ready. So thousands
+of lanes need no threads, and only threads have buffers.
 
 ===============================================  ================================================================
 many lanes, one fast, one slow                   who is ready has the next turn, of ``TURN_BYTES`` at the most
@@ -23,10 +23,8 @@ cancelled                                        a turn that is under way ends f
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import enum
-import os
 import secrets
 import select
 import socket
@@ -36,7 +34,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -51,7 +48,7 @@ from hansa.errors import HansaError, WireError
 from hansa.transport import protocol
 from hansa.transport.messages import PROTOCOL
 from hansa.transport.pieces import Incoming, Manifest, fill
-from hansa.transport.threads import finished
+from hansa.transport.turns import LostError, Turns, Wait
 
 FAMILY = "hansa-files/"
 ALPN = f"{FAMILY}{PROTOCOL}"
@@ -85,32 +82,7 @@ class Kind(enum.IntEnum):
     PROBLEM = 4
 
 
-class Wait(enum.Enum):
-    """What a step waits for."""
-
-    READ = 1
-    WRITE = 2
-    TURN = 3
-
-
 Steps = Generator[Wait, None, _T]
-
-
-class LostError(Exception):
-    """The network's doing: to be tried again.
-
-    Args:
-        cause: what happened.
-        connecting: whether no connection came about at all.
-    """
-
-    def __init__(self, cause: str, *, connecting: bool = False) -> None:
-        super().__init__(cause)
-        self.connecting = connecting
-
-
-class StalledError(LostError):
-    """Nothing moved, though the connection is open."""
 
 
 class _Buffers(threading.local):
@@ -122,41 +94,6 @@ class _Buffers(threading.local):
 
 
 _buffers = _Buffers()
-
-
-class Turns:
-    """A few threads, which lanes use in turn.
-
-    Args:
-        linger_ms: how long a thread waits for the network while, at the beginning, nobody else needs it.
-    """
-
-    def __init__(self, linger_ms: int) -> None:
-        self.linger_ms = linger_ms
-        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "lane")
-        self._wanted = 0
-        self._lock = threading.Lock()
-
-    @property
-    def wanted(self) -> bool:
-        """Whether somebody waits for a thread."""
-        return self._wanted > 0
-
-    async def take(self, work: Callable[[], _T]) -> _T:
-        """Do some work in a thread. If this is cancelled, it is once the work is done."""
-
-        def turn() -> _T:
-            with self._lock:
-                self._wanted -= 1
-            return work()
-
-        with self._lock:
-            self._wanted += 1
-        return await finished(turn, self._threads)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown()
 
 
 def context_for(key: bytes, certificate: bytes, authority: bytes, *, server_side: bool) -> ssl.SSLContext:
@@ -449,7 +386,7 @@ class Lane:
     async def _drive(
         self, steps: Steps[_T], patience_s: float | None = None, told: Callable[[], object] = lambda: None
     ) -> _T:
-        """Go through steps: in threads what can be done at once, and here what has to be waited for."""
+        """Go through steps, in threads; what is ``told`` is told here."""
         ended: list[_T] = []
 
         def turn() -> Wait | None:
@@ -464,32 +401,14 @@ class Lane:
                     self._rest = memoryview(b"")
 
         patience_s = self._stall_s if patience_s is None else patience_s
+        number = self._socket.fileno()
         try:
-            while (wait := await self._turns.take(turn)) is not None:
+            while await self._turns.go(turn, number, patience_s, self._stall_s) is Wait.TURN:
                 told()
-                if wait is not Wait.TURN:
-                    await self._ready(wait, patience_s)
-                    patience_s = self._stall_s
         finally:
             steps.close()
         told()
         return ended[0]
-
-    async def _ready(self, wait: Wait, patience_s: float) -> None:
-        """Wait until more has come, or, where we are to send, until that is possible too."""
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        number = self._socket.fileno()  # by a socket's name the loop would look up its addresses
-        loop.add_reader(number, ready.set)
-        if wait is Wait.WRITE:
-            loop.add_writer(number, ready.set)
-        try:
-            async with asyncio.timeout(patience_s):
-                await ready.wait()
-        except TimeoutError:
-            raise StalledError(f"nothing moved for {patience_s:g} s") from None
-        finally:
-            loop.remove_reader(number)
-            loop.remove_writer(number)
 
     def _shake_hands(self) -> Steps[None]:
         while True:
@@ -560,8 +479,8 @@ class Lane:
         return True
 
     def _lingered(self, event: int) -> bool:
-        """Wait a moment for the network, unless somebody needs this thread."""
-        if self._turns.wanted:
+        """Wait a moment for the network, unless somebody else may need this thread."""
+        if self._turns.crowded:
             return False
         self._poll.register(self._socket, event)
         return bool(self._poll.poll(self._turns.linger_ms))

@@ -46,7 +46,7 @@ from hansa.pki.identity import Identity
 from hansa.pki.kit import Kit
 from hansa.transport import protocol
 from hansa.transport.door import Door
-from hansa.transport.lane import FAMILY, Lane, LostError, Turns, context_for
+from hansa.transport.lane import FAMILY, Lane, context_for
 from hansa.transport.messages import (
     CALLS,
     PROTOCOL,
@@ -64,6 +64,7 @@ from hansa.transport.messages import (
 )
 from hansa.transport.pieces import MAX_MANIFEST_BYTES, Incoming, Manifest, in_ranges
 from hansa.transport.threads import finished
+from hansa.transport.turns import LostError, Turns
 
 CALLS_PER_PEER = 64
 BEAT_S = 5.0
