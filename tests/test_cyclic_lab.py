@@ -31,6 +31,7 @@ from hansa.simulation.run import run
 from hansa.site.joined import JoinedJob
 from hansa.site.mail import Mail
 from hansa.transport.client import Connection
+from hansa.transport.lane import Lane
 from hansa.transport.messages import Posting
 from hansa.transport.pieces import describe
 from hansa.transport.protocol import encode
@@ -83,15 +84,16 @@ class Watch:
     def __init__(self, monkeypatch) -> None:
         self.sent = bytearray()
         self.models: list[bytes] = []
-        call, write, seal = Connection.call, Connection._write, sealed.seal
+        call, encrypt, seal = Connection.call, Lane._encrypt, sealed.seal
 
         async def calling(connection, message):
             self.sent += encode(message)
             return await call(connection, message)
 
-        async def writing(connection, stream, data):
-            self.sent += data
-            return await write(connection, stream, data)
+        def encrypting(lane, data):
+            if not lane._tls.server_side:
+                self.sent += data
+            encrypt(lane, data)
 
         def sealing(contents, *rest):
             data = contents.read_bytes()
@@ -99,7 +101,7 @@ class Watch:
             return seal(contents, *rest)
 
         monkeypatch.setattr(Connection, "call", calling)
-        monkeypatch.setattr(Connection, "_write", writing)
+        monkeypatch.setattr(Lane, "_encrypt", encrypting)
         monkeypatch.setattr(sealed, "seal", sealing)
 
     def seen_in(self, folder: Path) -> list[Path]:
