@@ -97,6 +97,31 @@ async def test_who_reads_slowly_is_sent_no_more() -> None:
         writer.close()
 
 
+async def test_who_asks_for_a_lane_has_one_and_nothing_is_held_back() -> None:
+    """By default a connection gathers small messages (RFC 896), and they wait 40 ms for each other."""
+    found: asyncio.Queue[tuple[bytes, str, int]] = asyncio.Queue()
+
+    async def lane(connection: socket.socket, peer: str) -> None:
+        with connection:
+            data = connection.recv(1 << 10)
+            found.put_nowait((data, peer, connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+
+    hello = b"\x16\x03\x01\x00\x20" + b"hansa-files/3".rjust(32)
+    door = Door("hansa-files/", lane)
+    port = door.listen("127.0.0.1", 0)
+    door.open(0)
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(hello)
+        data, peer, at_once = await asyncio.wait_for(found.get(), 20)
+        assert data == hello, "the door has only looked at it"
+        assert peer == "ipv4:{}:{}".format(*writer.get_extra_info("sockname"))
+        assert at_once
+        writer.close()
+    finally:
+        await door.close()
+
+
 async def test_nobody_is_behind_the_door() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         gone = free.getsockname()[1]

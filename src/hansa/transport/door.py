@@ -114,6 +114,7 @@ class Door:
 
     async def _meet(self, connection: socket.socket, peer: str) -> None:
         connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does for connections that it made
         try:
             async with asyncio.timeout(HELLO_S):
                 hello = await _hello(connection)

@@ -172,11 +172,12 @@ class Turns:
             work.turns += 1
             try:
                 wait = work.turn()
+                parked = wait in (Wait.READ, Wait.WRITE) and self._park(work, wait)
             except BaseException as error:  # noqa: BLE001 - whoever waits for it hears of it
                 work.future.set_exception(error)
-                continue
-            if wait is None or wait is Wait.TURN or not self._park(work, wait):
-                work.future.set_result(wait)
+            else:
+                if not parked:
+                    work.future.set_result(wait)
 
     def _next(self) -> _Work | None:
         with self._lead:
