@@ -69,7 +69,7 @@ WARM_S = 60.0
 """How long a lane that nobody uses, which saves two round trips or three, waits for the next file."""
 
 LINGER_MS = 50
-"""How long a thread of a transfer waits for the network before the event loop does, which costs more."""
+"""How long a thread stays with a transfer that waits for the network: a site seldom has another."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes that are there, bytes of the file)."""

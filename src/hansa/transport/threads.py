@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-async def finished(work: Callable[[], _R], executor: Executor | None = None) -> _R:
-    """Return what ``work`` returns, done in a thread of ``executor``, or of the event loop's.
+async def finished(work: Callable[[], _R]) -> _R:
+    """Return what ``work`` returns, done in a thread of the event loop's.
 
     A thread can't be cancelled: who awaits its result can, and would close files under it. Here a cancellation, or
     several, wait for the thread and go on then.
     """
-    future = asyncio.get_running_loop().run_in_executor(executor, work)
+    future = asyncio.get_running_loop().run_in_executor(None, work)
     cancelled = False
     while not future.done():
         try:
